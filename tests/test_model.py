@@ -1,0 +1,753 @@
+"""The decoder against transformers, torch's own formulas and itself; tiny sizes, CPU."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as octavo
+from model import IGNORE, PRESETS, Cache, Config, Transformer, UserError, generate
+
+ROOT = Path(octavo.__file__).parent
+TINY = Config(vocab_size=64, seq_len=32, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, ffn_dim=48)
+
+
+def make(config=TINY, seed=0, **changes) -> Transformer:
+    """A model whose every parameter matters: norms are not one, biases not zero, logits not tiny."""
+    net = Transformer(config.replace(**changes)).init_weights(seed)
+    randomize(net, seed)
+    return net.eval()
+
+
+@torch.no_grad()
+def randomize(net, seed=0):
+    rng = torch.Generator().manual_seed(seed + 1)
+    for p in net.parameters():
+        p.copy_(torch.randn(p.shape, generator=rng) * 0.2 + (p.dim() == 1))
+
+
+def ids(*shape, vocab=64, seed=0):
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randn(*shape, seed=0, **kw):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(**kw)
+
+
+def close(a, b, tolerance=1e-5):
+    assert a.shape == b.shape
+    assert (a - b).abs().max().item() <= tolerance
+
+
+def relative(a, b) -> float:
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+# ---- Config --------------------------------------------------------------------------------------------------
+
+CONFIGS = {  # stock class -> a config that it exactly is
+    "LlamaForCausalLM": [
+        TINY.replace(qk_norm=False, tie=False, norm_eps=1e-5, rope_theta=5000.0, eos_id=3, pad_id=0),
+        TINY.replace(qk_norm=False, head_dim=16, n_kv_head=4),
+    ],
+    "MistralForCausalLM": [TINY.replace(qk_norm=False, tie=False, window=(5, 5))],
+    "Qwen2ForCausalLM": [
+        TINY.replace(qk_norm=False, qkv_bias=True),
+        TINY.replace(qk_norm=False, qkv_bias=True, tie=False, window=(None, 5)),
+    ],
+    "Qwen3ForCausalLM": [
+        TINY,
+        TINY.replace(tie=False, head_dim=16, n_kv_head=1, window=(5, None)),
+        TINY.replace(window=(5, 5)),
+    ],
+}
+STOCK = [pytest.param(name, c, id=f"{name[:-11]}{i}") for name, cs in CONFIGS.items() for i, c in enumerate(cs)]
+OWN = [  # what no stock class is
+    TINY.replace(causal=False),
+    TINY.replace(qkv_bias=True),
+    TINY.replace(window=(4, 8)),
+    TINY.replace(qk_norm=False, window=(4, None)),
+    TINY.replace(qk_norm=False, qkv_bias=True, head_dim=16),
+]
+
+
+@pytest.mark.parametrize("name, config", STOCK)
+def test_config_is_saved_as_the_class_it_is(name, config):
+    hf = config.to_hf()
+    assert hf["architectures"] == [name] and hf["model_type"] == name[:-11].lower()
+    assert Config.from_hf(hf) == config
+
+
+@pytest.mark.parametrize("config", OWN)
+def test_config_that_no_class_expresses_is_octavo(config):
+    hf = config.to_hf()
+    assert hf["model_type"] == "octavo"
+    assert Config.from_hf(hf) == config
+
+
+def test_presets_are_stock_classes():
+    for preset in PRESETS.values():
+        assert preset.to_hf()["architectures"] == ["Qwen3ForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(n_kv_head=3), dict(head_dim=7), dict(n_embd=0), dict(n_layer=-1), dict(ffn_dim=1.5), dict(window=(4,))],
+)
+def test_config_that_cannot_be_is_refused_in_a_sentence(changes):
+    with pytest.raises(UserError, match=r"\w+ \w+.*\.$"):
+        TINY.replace(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"architectures": None}, "cannot be opened"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"attention_bias": True}, "bias"),
+    ],
+)
+def test_folder_of_something_else_is_refused_in_a_sentence(changes, word):
+    with pytest.raises(UserError, match=rf"{word}.*\.$"):
+        Config.from_hf(TINY.to_hf() | changes)
+
+
+def test_config_json_that_lacks_a_size_is_refused_in_a_sentence():
+    hf = TINY.to_hf()
+    for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"):
+        with pytest.raises(UserError, match=key):
+            Config.from_hf({k: v for k, v in hf.items() if k != key})
+
+
+def test_older_config_json():
+    """theta at the top level, no head_dim, no key-value heads, no word on tying (the classes' default is no)."""
+    hf = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 64, "hidden_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 32,
+        "rms_norm_eps": 1e-5, "rope_theta": 5000.0, "rope_scaling": None, "eos_token_id": [7, 8],
+    }  # fmt: skip
+    config = Config.from_hf(hf)
+    assert (config.rope_theta, config.head_dim, config.n_kv_head, config.eos_id) == (5000.0, 8, 4, 7)
+    assert config.tie is False
+
+
+def test_qwen2_windows_begin_at_max_window_layers():
+    hf = TINY.replace(qk_norm=False, qkv_bias=True).to_hf()
+    del hf["layer_types"]
+    hf |= {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    assert Config.from_hf(hf).window == (None, 4)
+    assert Config.from_hf(hf | {"use_sliding_window": False}).window == (None, None)
+
+
+@pytest.mark.parametrize("config", [c for cs in CONFIGS.values() for c in cs] + OWN)
+def test_parameters_are_counted_in_closed_form(config):
+    net = Transformer(config)
+    assert config.n_params() == sum(p.numel() for p in net.parameters())
+    matrices = sum(m.weight.numel() for m in net.modules() if isinstance(m, torch.nn.Linear))
+    assert config.matrix_params == matrices
+
+
+def test_flops_per_token_by_hand():
+    T, per_key = 8, 12 * TINY.n_head * TINY.head_dim
+    count = {None: sum(range(1, T + 1)), 3: 1 + 2 + 3 * 6, 100: sum(range(1, T + 1))}  # keys seen by 8 tokens
+    for window, keys in count.items():
+        config = TINY.replace(window=(window, window))
+        assert config.flops_per_token(T) == pytest.approx(6 * config.matrix_params + 2 * per_key * keys / T)
+    both = TINY.replace(causal=False)
+    assert both.flops_per_token(T) == pytest.approx(6 * both.matrix_params + 2 * per_key * T)
+    assert TINY.flops_per_token() == TINY.flops_per_token(TINY.seq_len)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kv_bytes_are_the_caches(dtype):
+    assert TINY.kv_bytes(3, 10, dtype.itemsize) == Cache(TINY, 3, 10, dtype=dtype).nbytes
+
+
+def test_pad_vocab():
+    assert [octavo.pad_vocab(n) for n in (1, 64, 65, 50257)] == [64, 64, 128, 50304]
+
+
+# ---- against transformers ------------------------------------------------------------------------------------
+
+
+def theirs(config: Config, name: str):
+    """The stock class with its own words for the sizes (not those that to_hf writes)."""
+    tf = pytest.importorskip("transformers")
+    sizes = dict(
+        vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.ffn_dim,
+        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
+        max_position_embeddings=config.seq_len, rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tie,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        bos_token_id=None, eos_token_id=config.eos_id, pad_token_id=config.pad_id,
+    )  # fmt: skip
+    if name != "Qwen2ForCausalLM":
+        sizes["head_dim"] = config.head_dim
+    windows = [w for w in config.window if w]
+    if name == "MistralForCausalLM":
+        sizes["sliding_window"] = windows[0] if windows else None
+    elif windows:
+        types = ["sliding_attention" if w else "full_attention" for w in config.window]
+        sizes |= dict(use_sliding_window=True, sliding_window=windows[0], layer_types=types)
+    cls = getattr(tf, name)
+    net = cls(cls.config_class(**sizes)).eval()
+    randomize(net)
+    return net
+
+
+@torch.no_grad()
+def same_model(hf, ours: Transformer, greedy=True):
+    x = ids(2, 20)
+    close(hf(x).logits, ours(x)[0], 1e-4)
+    if greedy:
+        hf.generation_config.eos_token_id = None
+        hf.generation_config.pad_token_id = 0
+        hf.generation_config.do_sample = False
+        got = hf.generate(x[:1], attention_mask=torch.ones(1, 20), max_new_tokens=12, top_p=None, temperature=None)
+        assert got[0, 20:].tolist() == generate(ours, x[:1].tolist(), 12)[0]
+
+
+@pytest.mark.parametrize("name, config", STOCK)
+def test_their_folder_opens_here(name, config, tmp_path):
+    hf = theirs(config, name)
+    hf.save_pretrained(tmp_path)
+    ours = octavo.load_model(tmp_path)
+    assert ours.config == config and not ours.training
+    same_model(hf, ours)
+
+
+@pytest.mark.parametrize("name, config", STOCK)
+def test_our_folder_opens_there(name, config, tmp_path):
+    tf = pytest.importorskip("transformers")
+    ours = make(config)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    octavo.save_checkpoint(tmp_path / "out", ours, tmp_path / "tokenizer.json")
+    hf = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert type(hf).__name__ == name
+    same_model(hf, ours)
+
+
+def test_a_folder_in_shards_opens(tmp_path):
+    hf = theirs(CONFIGS["LlamaForCausalLM"][0], "LlamaForCausalLM")
+    hf.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    same_model(hf, octavo.load_model(tmp_path), greedy=False)
+
+
+# ---- the pieces ----------------------------------------------------------------------------------------------
+
+
+def rotate(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def test_rope_depends_on_the_distance_only():
+    q, k = randn(1, 1, 1, 16, dtype=torch.float64), randn(1, 1, 1, 16, seed=1, dtype=torch.float64)
+
+    def product(i, j):
+        turn = [octavo.apply_rope(x, *octavo.rope_angles(torch.tensor([p]), 16, 1e4)) for x, p in ((q, i), (k, j))]
+        return (turn[0] * turn[1]).sum().item()
+
+    assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-4)
+    assert product(7, 3) != pytest.approx(product(7, 4), abs=1e-2)
+    assert product(0, 0) == pytest.approx((q * k).sum().item(), abs=1e-12)
+
+
+def test_rope_angles_at_far_positions_are_exact():
+    cos, _ = octavo.rope_angles(torch.tensor([100_000]), 8, 1e4)
+    exact = [math.cos(100_000 * 1e4 ** (-2 * i / 8)) for i in range(4)]
+    assert cos.dtype == torch.float32
+    assert cos.flatten().tolist() == pytest.approx(exact, abs=1e-2)
+
+
+def test_rope_gradient_is_autograds():
+    cos, sin = octavo.rope_angles(torch.arange(5), 8, 1e4)
+    grads = []
+    for f in (octavo.apply_rope, rotate):
+        x = randn(2, 5, 3, 8).requires_grad_()
+        (f(x, cos, sin) * randn(2, 5, 3, 8, seed=1)).sum().backward()
+        grads.append(x.grad)
+    close(*grads, 1e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_rms_norm_value_and_gradient(dtype, tolerance):
+    x, w, g = randn(3, 5, 16) * 3, randn(16, seed=1) + 1, randn(3, 5, 16, seed=2)
+    norm = octavo.RMSNorm(16, 1e-3)
+    with torch.no_grad():
+        norm.weight.copy_(w)
+    ours = x.clone().to(dtype).requires_grad_()
+    y = norm(ours)
+    y.backward(g.to(dtype))
+    exact, weight = x.double().requires_grad_(), w.double().requires_grad_()
+    want = exact / (exact.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
+    want.backward(g.double())
+    assert y.dtype == dtype
+    for a, b in ((y, want), (ours.grad, exact.grad), (norm.weight.grad, weight.grad)):
+        assert relative(a, b) < tolerance
+    with torch.no_grad():  # the road without gradients gives the same
+        assert torch.equal(norm(ours), y)
+
+
+def attention_case(mask):
+    T = 12
+    if mask == "bool":  # documents of 5 and 7 tokens, another split in the second row
+        doc = torch.tensor([[0] * 5 + [1] * 7, [0] * 9 + [1] * 3])
+        mask = octavo.visible(torch.arange(T), torch.arange(T), doc, doc, window=4)
+    return mask
+
+
+@pytest.mark.parametrize("mask", [None, "causal", "bool"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("short", [True, False])
+def test_attention_in_bf16_on_cpu(mask, heads, short, monkeypatch):
+    """Written as on paper (short) or by torch's kernel: both are what float32 says, gradients too."""
+    monkeypatch.setattr(octavo, "CPU_SHORT", 512 if short else 0)
+    H, K = heads
+    mask = attention_case(mask)
+    q, k, v = (randn(2, n, 12, 16, seed=n + i) for i, n in enumerate((H, K, K)))
+    g = randn(2, H, 12, 16, seed=9)
+    low = [a.bfloat16().requires_grad_() for a in (q, k, v)]
+    y = octavo.attend(*low, mask)
+    y.backward(g.bfloat16())
+    full = [a.detach().float().requires_grad_() for a in low]
+    k4, v4 = (a.repeat_interleave(H // K, 1) for a in full[1:])
+    scores = full[0] @ k4.transpose(2, 3) / 16**0.5  # (B, H, T, S)
+    hidden = torch.zeros(12, 12, dtype=torch.bool) if mask is None else ~torch.ones(12, 12).tril().bool()
+    hidden = ~mask.unsqueeze(1) if isinstance(mask, torch.Tensor) else hidden
+    want = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v4
+    want.backward(g.bfloat16().float())
+    assert y.dtype == torch.bfloat16
+    for a, b in [(y, want)] + [(x.grad, z.grad) for x, z in zip(low, full, strict=True)]:
+        assert relative(a, b) < 2e-2
+
+
+def test_attention_reads_only_what_the_mask_shows():
+    mask = attention_case("bool")
+    q, k, v = (randn(2, n, 12, 16, seed=n + i) for i, n in enumerate((4, 2, 2)))
+    y = octavo.attend(q, k, v, mask)
+    k[:, :, 0], v[:, :, 0] = 50.0, 50.0  # a key that the last row's tokens do not see
+    again = octavo.attend(q, k, v, mask)
+    seen = mask[:, :, 0]  # (B, T)
+    assert torch.equal(y.transpose(1, 2)[~seen], again.transpose(1, 2)[~seen])
+    assert not torch.allclose(y.transpose(1, 2)[seen], again.transpose(1, 2)[seen])
+
+
+def test_visible_by_hand():
+    p = torch.arange(4)
+
+    def rows(*args, **kw):
+        return ["".join("x" if v else "." for v in row) for row in octavo.visible(*args, **kw)]
+
+    assert rows(p, p) == ["x...", "xx..", "xxx.", "xxxx"]
+    assert rows(p, p, window=2) == ["x...", "xx..", ".xx.", "..xx"]
+    assert rows(p, p, causal=False) == ["xxxx"] * 4
+    assert rows(p, p, causal=False, window=2) == ["xx..", "xxx.", ".xxx", "..xx"]
+    doc = torch.tensor([0, 0, 1, 1])
+    assert rows(p, p, doc, doc) == ["x...", "xx..", "..x.", "..xx"]
+    assert rows(torch.tensor([2]), torch.tensor([-1, 0, 3, 2, -1, 1])) == [".x.x.x"]  # slots in any order, or empty
+    assert octavo.visible(torch.zeros(3, 4), torch.zeros(3, 5)).shape == (3, 4, 5)
+
+
+# ---- the whole -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [(None, None), (3, None)])
+def test_a_token_sees_none_that_follow(window):
+    net, x = make(window=window), ids(1, 12)
+    y = x.clone()
+    y[0, 8] = (y[0, 8] + 1) % 64
+    a, b = net(x)[0], net(y)[0]
+    assert torch.equal(a[:, :8], b[:, :8]) and not torch.allclose(a[:, 8], b[:, 8])
+    both = make(causal=False)
+    assert not torch.allclose(both(x)[0][:, 0], both(y)[0][:, 0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [(None, None), (3, 6)])
+@pytest.mark.parametrize("restart", [True, False])
+def test_packed_documents_are_as_if_alone(window, restart):
+    net, lengths = make(window=window), (5, 9, 2)
+    x, y = ids(1, 16), ids(1, 16, seed=1)
+    doc = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None] if restart else None
+    packed, _ = net(x, y, doc_ids=doc, positions=positions)
+    alone = [net(a, b)[0] for a, b in zip(x.split(lengths, 1), y.split(lengths, 1), strict=True)]
+    close(packed, torch.cat(alone, 1))
+    assert (net(x, y)[0] - packed).abs().max() > 1e-2  # the mask is what does it
+
+
+@torch.no_grad()
+def test_padding_changes_nothing():
+    net, x = make(), ids(1, 7)
+    padded = torch.cat([ids(1, 3, seed=5), x], 1)
+    positions = torch.tensor([[-1, -1, -1, 0, 1, 2, 3, 4, 5, 6]])
+    got = net(padded, positions=positions)[0]
+    assert got.isfinite().all()
+    close(got[:, 3:], net(x)[0])
+
+
+def test_outputs():
+    net, x = make(), ids(2, 6)
+    with torch.no_grad():
+        logits, aux = net(x)
+        assert aux.shape == () and aux == 0
+        close(net(x, output="last")[0], logits[:, -1:])
+        close(net.lm_head(net(x, output="hidden")[0]), logits)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("tie", [True, False])
+def test_loss_per_token_in_chunks(keep, tie, monkeypatch):
+    """Chunks, with their logits kept or computed again, against F.cross_entropy on all logits at once."""
+    monkeypatch.setattr(octavo, "CHUNK_LOGITS", 64)  # 64 rows, the least a chunk has
+    monkeypatch.setattr(octavo, "KEEP_LOGITS", 2**40 if keep else 0)
+    net = make(tie=tie)
+    x, y = ids(5, 30), ids(5, 30, seed=1)  # 150 tokens: three chunks
+    y[0, :4] = y[4, 29] = IGNORE
+    losses, _ = net(x, y)
+    assert losses.shape == (5, 30) and losses.dtype == torch.float32
+    losses.sum().backward()
+    grads = {n: p.grad.clone() for n, p in net.named_parameters()}
+    net.zero_grad()
+    want = F.cross_entropy(net(x)[0].flatten(0, 1), y.flatten(), reduction="none").view(5, 30)
+    want.sum().backward()
+    close(losses, want)
+    assert (losses[y == IGNORE] == 0).all() and (losses[y != IGNORE] > 0).all()
+    for name, p in net.named_parameters():
+        assert relative(grads[name], p.grad) < 1e-5, name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputation_changes_no_bit(dropout):
+    results = []
+    for recompute in ("none", "block"):
+        net = make().train()
+        net.set_dropout(dropout)
+        net.recompute = recompute
+        calls = []
+        net.layers["0"].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        torch.manual_seed(0)
+        loss = net(ids(2, 16), ids(2, 16, seed=1))[0].mean()
+        loss.backward()
+        results.append([loss.detach()] + [p.grad for p in net.parameters()])
+        assert len(calls) == (2 if recompute == "block" else 1)  # it did run again
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_dropout():
+    x = torch.ones(400, 7, 300)
+    torch.manual_seed(0)
+    y = octavo.drop(x, 0.25, training=True)
+    assert y.mean().item() == pytest.approx(1, abs=0.01)
+    assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert torch.equal(y[:, :1].expand_as(y), y)  # one mask for all positions of a sequence
+    assert octavo.drop(x, 0.25, training=False) is x and octavo.drop(x, 0.0, training=True) is x
+    net, tokens = make(), ids(2, 8)
+    plain = net(tokens)[0]
+    net.set_dropout(0.5)
+    assert torch.equal(net(tokens)[0], plain)  # off in evaluation
+    assert not torch.allclose(net.train()(tokens)[0], plain)
+
+
+def test_bf16_activations_are_close():
+    net, x, y = make(), ids(4, 16), ids(4, 16, seed=1)
+    want = net(x, y)[0]
+    net.compute_dtype = torch.bfloat16
+    got = net(x, y)[0]
+    assert got.dtype == torch.float32 and relative(got, want) < 0.03
+    got.mean().backward()
+    assert all(p.grad.dtype == p.dtype == torch.float32 for p in net.parameters())
+
+
+# ---- cache and generation ------------------------------------------------------------------------------------
+
+WINDOWS = [(None, None), (3, None), (4, 4)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("pieces", [[20], [7] + [1] * 13, [6, 6, 8], [1] * 20, [9, 1, 9, 1]])
+def test_cached_logits_equal_uncached(window, pieces):
+    net, x = make(window=window), ids(2, 20)
+    cache = Cache(net.config, 2, 20)
+    got = torch.cat([net(piece, cache=cache)[0] for piece in x.split(pieces, 1)], 1)
+    close(got, net(x)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", WINDOWS)
+def test_rewind_is_never_having_gone_there(window):
+    net, x = make(window=window), ids(2, 16)
+    cache = Cache(net.config, 2, 20)
+    net(x[:, :8], cache=cache)
+    net(ids(2, 7, seed=3), cache=cache)
+    cache.rewind(8)
+    close(net(x[:, 8:], cache=cache)[0], net(x)[0][:, 8:])
+    cache.clear()
+    close(net(x, cache=cache)[0], net(x)[0])
+
+
+@torch.no_grad()
+def test_cache_of_unequal_rows_padded_on_either_side():
+    net, x = make(), ids(2, 6)
+    want = [net(x[:1])[0][0], net(x[1:, :4])[0][0]]
+    for pad in ([4, 5], [0, 1]):  # where the second row's two pads stand
+        real = [i for i in range(6) if i not in pad]
+        tokens, positions = x.clone(), torch.arange(6).repeat(2, 1)
+        tokens[1, real], tokens[1, pad] = x[1, :4], 63
+        positions[1, real], positions[1, pad] = torch.arange(4), -1
+        cache = Cache(net.config, 2, 8)
+        net(tokens, positions=positions, cache=cache)
+        step = ids(2, 1, seed=2)
+        got = net(step, positions=torch.tensor([[6], [4]]), cache=cache)[0]
+        close(got[0], net(torch.cat([x[:1], step[:1]], 1))[0][0, -1:])
+        close(got[1], net(torch.cat([x[1:, :4], step[1:]], 1))[0][0, -1:])
+        assert want[0].shape == (6, 64)
+
+
+def test_a_full_cache_says_so():
+    net = make()
+    cache = Cache(net.config, 1, 8)
+    with torch.no_grad():
+        net(ids(1, 8), cache=cache)
+        with pytest.raises(UserError, match="9 tokens do not fit a cache of 8"):
+            net(ids(1, 1), cache=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", WINDOWS)
+def test_generate_is_the_plain_loop(window):
+    """Batched, cached, unequal prompts: what one prompt at a time gives without any cache."""
+    net = make(window=window)
+    prompts = [ids(n, seed=n).tolist() for n in (1, 5, 9, 9)]
+    want = []
+    for prompt in prompts:
+        text = list(prompt)
+        for _ in range(10):
+            text.append(int(net(torch.tensor([text]))[0][0, -1].argmax()))
+        want.append(text[len(prompt) :])
+    assert generate(net, prompts, 10) == want
+    assert [generate(net, [p], 10)[0] for p in prompts] == want
+    eos = want[1][4]
+    cut = [w[: w.index(eos) + 1] if eos in w else w for w in want]
+    assert generate(net, prompts, 10, eos_id=eos) == cut
+
+
+def test_generate_takes_a_picker_and_refuses_an_empty_prompt():
+    shapes = []
+
+    def pick(logits):
+        shapes.append(tuple(logits.shape))
+        return torch.full((len(logits),), 7)
+
+    assert generate(make(), [[1], [2, 3]], 3, pick) == [[7] * 3, [7] * 3]
+    assert shapes == [(2, 64)] * 3
+    for bad in ([], [[]], [[1], []]):
+        with pytest.raises(UserError, match="at least one token"):
+            generate(make(), bad, 3)
+
+
+# ---- initialisation and stages -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_two_stages_are_one_model(tie):
+    config = TINY.replace(n_layer=4, tie=tie, window=(None, 3, None, 5))
+    whole = Transformer(config).init_weights(1).eval()
+    stages = [Transformer(config, range(0, 2)).init_weights(1), Transformer(config, range(2, 4)).init_weights(1)]
+    tensors = dict(whole.named_parameters())
+    for stage in stages:
+        for name, p in stage.eval().named_parameters():
+            assert torch.equal(p, tensors[name]), name
+    assert {n for s in stages for n, _ in s.named_parameters()} == tensors.keys()
+    x, y = ids(2, 12), ids(2, 12, seed=1)
+    hidden, aux = stages[0](x)
+    assert hidden.shape == (2, 12, config.n_embd)
+    close(stages[1](hidden, aux=aux)[0], whole(x)[0])
+    close(stages[1](hidden, y, aux=aux)[0], whole(x, y)[0])
+
+
+def test_auxiliary_losses_are_passed_on():
+    net = make()
+    assert net(ids(1, 4), aux=torch.tensor(1.5))[1] == 1.5
+
+
+def test_initialisation_depends_on_seed_and_name():
+    a, b, c = (dict(Transformer(TINY).init_weights(s).named_parameters()) for s in (0, 0, 1))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    matrices = [n for n in a if a[n].dim() == 2]
+    assert not any(torch.equal(a[n], c[n]) for n in matrices)
+    assert len({a[n].flatten()[0].item() for n in matrices}) == len(matrices)  # no two from one stream
+    up, down = a["layers.0.mlp.up_proj.weight"], a["layers.0.mlp.down_proj.weight"]
+    assert up.std().item() == pytest.approx(32**-0.5, rel=0.1)
+    assert down.std().item() == pytest.approx(48**-0.5 / 2, rel=0.1)  # smaller by sqrt(2 L)
+    loss = Transformer(TINY).init_weights()(ids(4, 32), ids(4, 32, seed=1))[0].mean().item()
+    assert loss == pytest.approx(math.log(64), abs=0.1)  # it knows nothing yet
+
+
+def test_every_matrix_product_is_a_linear_child_called_as_a_module():
+    """So LoRA, int8 and tensor parallelism can be put on from outside."""
+    net = make(tie=False)
+    called = set()
+    for name, m in net.named_modules():
+        if isinstance(m, torch.nn.Linear):
+            m.register_forward_hook(lambda *_, name=name: called.add(name))
+    net(ids(1, 4), ids(1, 4))
+    matrices = {n.removesuffix(".weight") for n, p in net.named_parameters() if p.dim() == 2}
+    assert called == matrices - {"embed_tokens"}
+
+
+def test_names_do_not_change_when_compiled():
+    net = make()
+    names = list(net.state_dict())
+    net.compile_blocks()
+    net.recompute = "block"
+    assert list(net.state_dict()) == names
+
+
+# ---- optimizers ----------------------------------------------------------------------------------------------
+
+
+def step(net, optimizer, i):
+    net(ids(4, 16, seed=i), ids(4, 16, seed=i + 100))[0].mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_optimizer_groups(name, tie):
+    net = make(tie=tie, qk_norm=False, qkv_bias=True)
+    optimizer = octavo.build_optimizer(net, name, lr=1e-3, weight_decay=0.1)
+    groups = [(type(part).__name__, g) for part in optimizer.parts for g in part.param_groups]
+    names = {p: n for n, p in net.named_parameters()}
+    seen = [names[p] for _, g in groups for p in g["params"]]
+    assert sorted(seen) == sorted(names.values())  # each once
+    for kind, group in groups:
+        for p in group["params"]:
+            assert group["weight_decay"] == (0.1 if p.dim() == 2 else 0.0), names[p]
+            inner = p.dim() == 2 and names[p].startswith("layers.")
+            assert (kind == "Muon") == (name == "muon" and inner), names[p]
+    optimizer.set_lr(0.5)
+    assert {g["lr"] for _, g in groups} == {0.5}
+
+
+def test_optimizer_unknown():
+    with pytest.raises(UserError, match="adamw or muon"):
+        octavo.build_optimizer(make(), "sgd")
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizer_goes_on_bit_for_bit(name, tmp_path):
+    net = make(seed=3)
+    optimizer = octavo.build_optimizer(net, name, lr=1e-2)
+    for i in range(3):
+        step(net, optimizer, i)
+    octavo.save_tensors(tmp_path / "o.safetensors", optimizer.state_dict())  # through the disk, as a run does
+    weights = {k: v.clone() for k, v in net.state_dict().items()}
+    for i in range(3, 6):
+        step(net, optimizer, i)
+
+    other = make()
+    other.load_state_dict(weights)
+    fresh = octavo.build_optimizer(other, name, lr=1e-2)
+    fresh.load_state_dict(dict(octavo.read_tensors(tmp_path / "o.safetensors")))
+    for i in range(3, 6):
+        step(other, fresh, i)
+    for (key, a), b in zip(net.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), key
+    for key, value in fresh.state_dict().items():
+        assert torch.equal(value, optimizer.state_dict()[key]), key
+    cold = make()
+    cold.load_state_dict(weights)
+    optimizer = octavo.build_optimizer(cold, name, lr=1e-2)
+    step(cold, optimizer, 3)
+    assert optimizer.state_dict().keys() == fresh.state_dict().keys()  # all state comes and goes
+    assert any(not torch.equal(a, b) for a, b in zip(cold.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizer_learns(name):
+    net = Transformer(TINY).init_weights()
+    optimizer = octavo.build_optimizer(net, name, lr=1e-2)
+    x = ids(4, 16)
+    for _ in range(40):
+        loss = net(x[:, :-1], x[:, 1:])[0].mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 1.0 < math.log(64)
+
+
+# ---- the run -------------------------------------------------------------------------------------------------
+
+
+def test_import_does_nothing():
+    """No words, no threads, no CUDA, no other script."""
+    code = f"""
+import sys, threading, torch
+before = threading.active_count(), torch.get_num_threads()
+import model
+assert (threading.active_count(), torch.get_num_threads()) == before
+assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
+here = [n for n, m in sys.modules.items() if (getattr(m, "__file__", None) or "").startswith({str(ROOT)!r} + "{"/"}")
+        and "site-packages" not in m.__file__ and n != "__main__"]
+names = set(here) - {{"model", "tokenize"}}  # tokenize: the standard module, which that file hands over
+assert not names, names
+assert "octavo_tokenize" not in sys.modules and "rich" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_device_and_dtype():
+    cpu = octavo.pick_device("cpu")
+    assert cpu == torch.device("cpu")
+    assert octavo.pick_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(UserError, match="cannot be used here"):
+        octavo.pick_device("no-such-device")
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    assert {n: octavo.pick_dtype(n, cpu) for n in named} == named
+    assert octavo.pick_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
+    assert octavo.pick_dtype("auto", torch.device("mps")) == torch.float32
+    with pytest.raises(UserError, match="fp8"):
+        octavo.pick_dtype("fp8", cpu)
+
+
+def test_peak_is_positive_even_when_one_product_takes_longer_than_the_time_given():
+    assert octavo.peak_flops(torch.device("cpu"), torch.float32, seconds=1e-6) > 0
+
+
+def test_commands_end_in_a_sentence(capsys):
+    def fail():
+        raise UserError("The [moon] is full; try tomorrow.")
+
+    with pytest.raises(SystemExit) as stop:
+        octavo.run_app(fail)
+    assert stop.value.code == 2
+    assert "error: The [moon] is full; try tomorrow." in capsys.readouterr().err
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        octavo.run_app(interrupt)
+    assert stop.value.code == 130
+
+
+def test_seeds_are_distinct_and_stable():
+    seeds = [octavo.seed_of(s, n) for s, n in itertools.product(range(4), "abcd")]
+    assert len(set(seeds)) == 16 and all(0 <= s < 2**63 for s in seeds)
+    assert octavo.seed_of(0, "layers.0.mlp.up_proj.weight") == 4431477015680328530  # the same on every machine
