@@ -35,7 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 # B batch, T query length, S key length, C n_embd, V vocabulary, H heads, K KV heads, D head_dim, I ffn_dim,
 # N = B*T tokens, L layers, W ranks.
@@ -445,6 +445,14 @@ def drop(x, p: float, training: bool):
     return x * (keep / (1 - p)).to(x.dtype)
 
 
+def keep_products():
+    """Selective recomputation: results of matrix products are kept, the cheap rest is computed again."""
+    aten = torch.ops.aten
+    kept = [aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._scaled_dot_product_flash_attention,
+            aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_efficient_attention]  # fmt: skip
+    return create_selective_checkpoint_contexts([op.default for op in kept])
+
+
 class Transformer(nn.Module):
     """The decoder. Modules carry Hugging Face's names, so a checkpoint needs no renaming.
 
@@ -457,7 +465,7 @@ class Transformer(nn.Module):
         self.config, layers = config, layers if layers is not None else range(config.n_layer)
         self.first, self.last = 0 in layers, config.n_layer - 1 in layers
         self.compute_dtype: torch.dtype | None = None  # of activations; None: as the parameters
-        self.recompute = "none"  # or "block": keep a block's input only and run it again in the backward pass
+        self.recompute = "none"  # activations kept for the backward pass: all; see `remember`
         if self.first or config.tie and self.last:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in layers})
@@ -490,10 +498,7 @@ class Transformer(nn.Module):
         aux = x.new_zeros((), dtype=torch.float32) if aux is None else aux
         for i, block in self.layers.items():
             args = (x, aux, cos, sin, masks[self.config.window[int(i)]], cache)
-            if self.recompute == "block" and self.training and torch.is_grad_enabled():
-                x, aux = checkpoint(block, *args, use_reentrant=False)
-            else:
-                x, aux = block(*args)
+            x, aux = self.remember(block, *args)
         if not self.last:
             return x, aux
         x = self.norm(x[:, -1:] if output == "last" else x)
@@ -502,6 +507,15 @@ class Transformer(nn.Module):
         if targets is None:
             return self.lm_head(x), aux
         return token_losses(x, self.lm_head, targets), aux
+
+    def remember(self, block, *args):
+        """Run a block, keeping what its backward pass needs: everything, or its input only ("block"), or the
+        results of its matrix products ("selective"), the rest being computed again from these."""
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return block(*args)
+        if self.recompute == "block":
+            return checkpoint(block, *args, use_reentrant=False)
+        return checkpoint(block, *args, use_reentrant=False, context_fn=keep_products)
 
     def masks(self, positions, doc_ids, cache, T) -> dict:
         """The mask of each window size in use, made once for all layers that share it."""
@@ -533,11 +547,14 @@ class Transformer(nn.Module):
             block.compile(dynamic=False)
 
     @torch.no_grad()
-    def init_weights(self, seed: int = 0) -> Transformer:
+    def init_weights(self, seed: int = 0, mup_base: int | None = None) -> Transformer:
         """Each tensor from its own generator, seeded by (seed, name): any sharding of the model starts equal.
 
         Normal with standard deviation 1/sqrt(fan_in) (the embedding: 0.02), and the two matrices that write to
-        the residual stream start smaller by sqrt(2 L), as in GPT-2, so that its variance stays about one."""
+        the residual stream start smaller by sqrt(2 L), as in GPT-2, so that its variance stays about one.
+
+        mup_base: the width at which a learning rate was found. Then logits shrink as base / width (Yang et al. 2022,
+        2203.03466, table 8), by way of the last norm's gain, so that the folder is still that of a stock class."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -547,6 +564,8 @@ class Transformer(nn.Module):
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 std /= math.sqrt(2 * self.config.n_layer)
             p.copy_(torch.randn(p.shape, generator=generator) * std)
+        if mup_base and self.last:
+            self.norm.weight.fill_(mup_base / self.config.n_embd)
         return self
 
 
@@ -1061,22 +1080,30 @@ def build_optimizer(
     """AdamW on everything; or Muon on the layers' matrices and AdamW on the rest (embedding, norms, biases).
 
     Weight decay acts on matrices only. Muon's update is scaled to the root mean square of AdamW's
-    (Liu et al. 2025, 2502.16982, eq. 4), so that one learning rate serves both.
+    (Liu et al. 2025, 2502.16982, eq. 4), so that one learning rate serves both. mup_base: the width at which lr was
+    found; the steps of this width are scaled so that it stays the best one (see init_weights).
     """
     if name not in ("adamw", "muon"):
         raise UserError(f"--optimizer is adamw or muon, not {name!r}.")
+    m = model.config.n_embd / mup_base if mup_base else 1.0
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     hidden = [p for n, p in named.items() if p.dim() == 2 and n.startswith("layers.")]
     tables = [p for n, p in named.items() if p.dim() == 2 and not n.startswith("layers.")]
-    vectors = [p for p in named.values() if p.dim() < 2]
-    groups = [{"params": tables, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    vectors = [p for n, p in named.items() if p.dim() < 2 and n != "norm.weight"]
+    adamw = [
+        {"params": tables, "weight_decay": weight_decay, "lr_scale": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": [p for n, p in named.items() if n == "norm.weight"], "weight_decay": 0.0, "lr_scale": 1 / m},
+    ]
+    parts = []
     if name == "adamw":
-        groups.insert(0, {"params": hidden, "weight_decay": weight_decay})
-    adamw = torch.optim.AdamW([g | {"lr_scale": 1.0} for g in groups if g["params"]], lr, betas, eps=1e-10, fused=True)
-    if name == "adamw":
-        return Optimizer(model, [adamw])
-    muon = torch.optim.Muon([{"params": hidden, "lr_scale": 1.0}], lr, weight_decay, adjust_lr_fn="match_rms_adamw")
-    return Optimizer(model, [muon, adamw])
+        adamw.append({"params": hidden, "weight_decay": weight_decay * m, "lr_scale": 1 / m})
+    elif hidden:  # an orthogonal update times sqrt(width) is to be as large, as an operator, at every width
+        group = {"params": hidden, "weight_decay": weight_decay * m**0.5, "lr_scale": m**-0.5}
+        parts.append(torch.optim.Muon([group], lr, adjust_lr_fn="match_rms_adamw"))
+    fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
+    parts.append(torch.optim.AdamW([g for g in adamw if g["params"]], lr, betas, eps=1e-10, fused=fused))
+    return Optimizer(model, parts)
 
 
 def say(message: str = "", **style) -> None:

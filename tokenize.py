@@ -116,7 +116,7 @@ def train_bpe_plain(words: dict[str, int], n_merges: int) -> list[tuple[int, int
     """The method as it is told: count all pairs, join the most frequent, repeat. `train_bpe` gives the same merges.
 
     words: distinct piece of text -> how often it occurs. Of equally frequent pairs the smallest ids win, as in
-    `tokenizers`. train_bpe_plain({"aaab": 1, "ab": 2}, 2) -> [(64, 65), (64, 256)]: "ab" (3 times), then "a" + "ab".
+    `tokenizers`. train_bpe_plain({"aab": 1, "ab": 2}, 2) -> [(64, 65), (64, 256)]: "ab" (3 times), then "a" + "ab".
     """
     rows = [([BYTES.index(b) for b in word.encode()], n) for word, n in words.items()]
     merges = []
@@ -231,9 +231,9 @@ def count_words(texts: list[str], pattern: str) -> Counter:
 
 
 def cut(text: str, size: int) -> list[str]:
-    """Parts of about this many characters whose pieces are the whole's: cut after a newline between two non-spaces."""
+    """Parts of at least this many characters, cut before the space between two words, where a piece always begins."""
     parts, begin = [], 0
-    while len(text) - begin > 2 * size and (found := re.compile(r"\S\n(?=\S)").search(text, begin + size)):
+    while len(text) - begin > 2 * size and (found := re.compile(r"\S(?= \S)").search(text, begin + size)):
         parts.append(text[begin : found.end()])
         begin = found.end()
     return [*parts, text[begin:]]
@@ -308,7 +308,7 @@ def bpe_codec(spec: dict):
         ranks = {bytes(BYTE[c] for c in name): rank for rank, name in enumerate(names)}
         ids = np.array([vocab[name] for name in names], dtype=np.uint32)
     except KeyError as e:
-        raise UserError(f"this BPE tokenizer has no token {e}: only byte-level BPE with all 256 bytes can be read") from None
+        raise UserError(f"there is no token {e}: only byte-level BPE with all 256 bytes is supported") from None
     try:
         encoding = tiktoken.Encoding("octavo", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     except ValueError as e:
@@ -616,7 +616,7 @@ def write_tokens(path: Path, tokenizer: Tokenizer, documents: list[Document], dt
     """Write all ids in a row, an end-of-text after each document: {source: {documents, tokens, bytes}}"""
     counts = {}
     with open(path, "wb") as f:
-        for document, ids in zip(documents, encode_all(tokenizer, documents, f"encoding {path.stem}")):
+        for ids, document in zip(encode_all(tokenizer, documents, f"encoding {path.stem}"), documents):
             f.write(np.append(ids, np.uint32(tokenizer.eot_id)).astype(np.dtype(dtype).newbyteorder("<")).tobytes())
             count = counts.setdefault(document.source, {"documents": 0, "tokens": 0, "bytes": 0})
             count["documents"] += 1
@@ -649,10 +649,8 @@ def xz_sizes(train: bytes, val: bytes):
 
 
 def send_xz_sizes(pipe, train: bytes, val: bytes) -> None:
-    """`xz_sizes` in a process of its own that gives way to others."""
+    """`xz_sizes` in a process of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "nice"):
-        os.nice(10)
     for item in xz_sizes(train, val):
         pipe.send(item)
 
@@ -835,8 +833,8 @@ def train(
     tokenizer.save(output)
     n_tokens = sum(map(len, encode_all(tokenizer, documents, "encoding")))
     n_bytes, n_merges = sum(d.size for d in documents), len(tokenizer.spec["model"]["merges"])
-    row = [str(output), tokenizer.n_vocab, n_merges, f"{seconds:.1f}", n_bytes, f"{n_bytes / n_tokens:.3f}"]
-    show_table("Trained", ["file", "tokens", "merges", "seconds", "bytes of text", "bytes per token"], [row])
+    row = [str(tokenizer.n_vocab), n_merges, f"{seconds:.1f}", n_bytes, f"{n_bytes / n_tokens:.3f}"]
+    show_table(str(output), ["tokens", "merges", "seconds", "bytes of text", "bytes per token"], [row])
 
 
 def encode(
@@ -938,10 +936,14 @@ def command_line(inputs: list[str], options: dict) -> str:
 
 def show_meta(output: Path, meta: dict) -> None:
     """The tables at the end of `prepare`."""
-    rows = [[name, *(n for s in splits.values() for n in s.values())] for name, splits in meta["sources"].items()]
-    rows.append(["all", *(n for s in meta["splits"].values() for n in s.values())])
-    columns = [f"{s} {k}" for s in meta["splits"] for k in ("documents", "tokens", "bytes")]
-    show_table(f"{output}: {meta['vocab_size']} ids", ["source", *columns], rows)
+
+    def row(name: str, train: dict, val: dict) -> list:
+        documents, size = (train[key] + val[key] for key in ("documents", "bytes"))
+        return [name, documents, size, train["tokens"], val["tokens"]]
+
+    rows = [row(name, **splits) for name, splits in {**meta["sources"], "all": meta["splits"]}.items()]
+    columns = ["source", "documents", "bytes", "train tokens", "val tokens"]
+    show_table(f"{output}: {meta['vocab_size']} ids", columns, rows)
     rows = [[name, *n.values()] for name, n in meta["filters"].items()]
     show_table("Dropped", ["filter", "documents", "bytes"], rows)
     val = meta["splits"]["val"]

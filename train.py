@@ -245,7 +245,7 @@ def make_config(o: Options, tokens: Tokens) -> Config:
 def derive(o: Options, config: Config, world: int, device: torch.device) -> None:
     """Check what a user can get wrong, and fill in what follows from the rest."""
     named = {"objective": ("clm", "mlm"), "schedule": ("cosine", "wsd", "constant"),
-             "compile": ("auto", "on", "off"), "recompute": ("none", "block")}  # fmt: skip
+             "compile": ("auto", "on", "off"), "recompute": ("none", "block", "selective")}  # fmt: skip
     for name, allowed in named.items():
         if getattr(o, name) not in allowed:
             raise UserError(f"--{name} is one of {', '.join(allowed)}; not {getattr(o, name)!r}.")
@@ -572,7 +572,7 @@ def open_model(o: Options, config: Config, ranks, resume: str | None, tensors: d
     if resume:
         model.load_state_dict(load_model(resume).state_dict())
     else:
-        model.init_weights(o.seed)
+        model.init_weights(o.seed, o.mup_base)
     model.compute_dtype, model.recompute = pick_dtype(o.dtype, ranks.device), o.recompute
     model.set_dropout(o.dropout)
     model.to(ranks.device).train()
