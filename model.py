@@ -698,10 +698,8 @@ def load_tokenizer(folder: str | Path):
         spec = importlib.util.spec_from_file_location("octavo_tokenize", Path(__file__).with_name("tokenize.py"))
         tokenize = sys.modules["octavo_tokenize"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(tokenize)
-    try:
-        return tokenize.Tokenizer.load(folder)
-    except tokenize.UserError as error:
-        raise UserError(str(error)) from None
+    tokenize.UserError = UserError  # what it raises from here on, in encode too, is answered like our own
+    return tokenize.Tokenizer.load(folder)
 
 
 def find_checkpoint(folder: str | Path) -> Path:

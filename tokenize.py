@@ -66,16 +66,17 @@ PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]  # id -> byte
 CHAR = {b: chr(b) if i < len(PRINTABLE) else chr(256 + i - len(PRINTABLE)) for i, b in enumerate(BYTES)}  # 32 -> "Ġ"
 BYTE = {c: b for b, c in CHAR.items()}
-# A merge never crosses the pieces that the pattern cuts. (GPT-4's possessive "++" mean the same pieces; Oniguruma,
-# the engine of `tokenizers`, reads "{1,3}+" as a repetition of the repetition, so they are left out.)
+# A merge never crosses the pieces that the pattern cuts. GPT-4's is its first form: today's, with possessive "++",
+# means the same but for white space at the very end, and Oniguruma, the engine of `tokenizers`, reads "{1,3}+" as a
+# repetition of the repetition.
 PATTERNS = {
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "gpt4": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-# Larger pieces, each a whole number of the pattern's, found by the faster `re`. The proof, for gpt2: a piece that holds
-# white space after anything else does not exist, so one begins after each end of a "word". For gpt4 the newlines after
-# a word may belong to it, but a piece ends at the last newline of a stretch of white space.
+# Larger pieces, each a whole number of the pattern's, found by the faster `re`. For gpt2: no piece has white space
+# after anything else, so one begins wherever white space does. For gpt4: newlines may belong to the word before them,
+# but a piece ends with the last newline of a stretch of white space.
 COARSE = {"gpt2": r"\s*\S+|\s+", "gpt4": r"\s*\S+(?:\s*[\r\n]+)?|\s+"}
 # Sources of the embedded default, beside the standard library: what requirements.txt installs.
 PACKAGES = ("torch", "numpy", "tiktoken", "regex", "typer", "rich", "pytest", "safetensors")
@@ -83,6 +84,7 @@ NOT_TEXT = {"test", "tests", "testing", "idlelib", "site-packages", "dist-packag
 # What a document is dropped for, in the order of the checks.
 FILTERS = ("binary", "not_utf8", "short", "long_lines", "data", "repetitive", "duplicate")
 LETTERS = bytes([*range(65, 91), *range(97, 123), *range(128, 256)])  # ASCII letters, and all bytes that are not ASCII
+XZ_LIMIT = 200_000_000  # bytes of training text
 XZ = {"format": 1, "preset": 9 | 1 << 31}  # xz -9e (lzma.FORMAT_XZ, lzma.PRESET_EXTREME)
 
 
@@ -97,7 +99,7 @@ class UserError(Exception):
 def get_pairs(ids: list[int], counts: dict | None = None, weight: int = 1) -> dict[tuple[int, int], int]:
     """Count the neighbours: get_pairs([1, 2, 3, 1, 2]) -> {(1, 2): 2, (2, 3): 1, (3, 1): 1}"""
     counts = {} if counts is None else counts
-    for pair in zip(ids, ids[1:]):
+    for pair in zip(ids, ids[1:], strict=False):
         counts[pair] = counts.get(pair, 0) + weight
     return counts
 
@@ -132,8 +134,10 @@ def train_bpe_plain(words: dict[str, int], n_merges: int) -> list[tuple[int, int
     return merges
 
 
-def train_bpe(words: dict[str, int], n_merges: int, tick=None) -> list[tuple[int, int]]:
+def train_bpe(words: dict[str, int], n_merges: int, watch=iter) -> list[tuple[int, int]]:
     """Merges of byte-level BPE, in order: [(left id, right id)], fewer than n_merges where no pair is left.
+
+    `watch` wraps the loop, for progress.
 
     All words lie in one array, a gap after each. A token is known at its two ends: `head[first cell]` and
     `tail[last cell]` hold its id, so its neighbours are one step away whatever their length. For "lower" with "lo"
@@ -142,7 +146,7 @@ def train_bpe(words: dict[str, int], n_merges: int, tick=None) -> list[tuple[int
     """
     gap = 256  # an id between the bytes and the merges that pairs with nothing; taken out again at the end
     text = [word.encode() for word in words]
-    size = np.array([len(w) for w in text])
+    size = np.array([len(w) for w in text], dtype=np.int64)
     start = np.cumsum(size + 1) - size  # cell of each word's first byte; cell 0 is a gap
     cells = np.arange(size.sum()) + np.repeat(np.arange(len(text)) + 1, size)
     head = np.full(len(cells) + len(text) + 1, gap, dtype=np.int32)
@@ -165,15 +169,17 @@ def train_bpe(words: dict[str, int], n_merges: int, tick=None) -> list[tuple[int
         total = np.bincount(ids, weights=weight[cells], minlength=gap + 1)
         total[gap] = 0
         found = np.flatnonzero(total)
-        return zip(found.tolist(), total[found].astype(np.int64).tolist())
+        return zip(found.tolist(), total[found].astype(np.int64).tolist(), strict=True)
 
     merges = []
-    while heap and len(merges) < n_merges:
-        n, (a, b) = heapq.heappop(heap)
-        if counts[a, b] < -n:  # the count fell since this entry was made
-            if counts[a, b]:
-                heapq.heappush(heap, (-counts[a, b], (a, b)))
-            continue
+    for _ in watch(range(n_merges)):
+        while heap and counts[heap[0][1]] < -heap[0][0]:  # the count fell since this entry was made
+            _, pair = heapq.heappop(heap)
+            if counts[pair]:
+                heapq.heappush(heap, (-counts[pair], pair))
+        if not heap:
+            break
+        a, b = heapq.heappop(heap)[1]
         new = len(width)
         width.append(width[a] + width[b])
         merges.append((a, b))
@@ -208,8 +214,6 @@ def train_bpe(words: dict[str, int], n_merges: int, tick=None) -> list[tuple[int
             counts[new, x] = n
             heapq.heappush(heap, (-n, (new, x)))
         counts[a, b] = 0
-        if tick and len(merges) % 64 == 0:
-            tick(64)
     return [(a - (a > gap), b - (b > gap)) for a, b in merges]
 
 
@@ -320,7 +324,7 @@ def bpe_codec(spec: dict):
         except ValueError:  # the pattern's backtracking is limited
             raise UserError("a stretch of a million spaces or more is too long for tiktoken") from None
 
-    return dict(zip(ids.tolist(), ranks)), encode
+    return dict(zip(ids.tolist(), ranks, strict=True)), encode
 
 
 def char_codec(spec: dict):
@@ -449,8 +453,7 @@ def train_tokenizer(texts: list[str], algorithm: str, vocab_size: int, pattern: 
         return Tokenizer(char_file(set().union(*texts)))
     n_merges = vocab_size - 256 - len(SPECIAL)
     words = count_words_in_parallel(texts, pattern)
-    with bar("merging", n_merges) as tick:
-        merges = train_bpe(words, n_merges, tick)
+    merges = train_bpe(words, n_merges, lambda steps: track(steps, "merging", n_merges))
     if len(merges) < n_merges:
         say(f"warning: the text gives {len(merges)} merges only, so the vocabulary has {267 + len(merges)} tokens")
     return Tokenizer(bpe_file(merges, pattern))
@@ -616,7 +619,7 @@ def write_tokens(path: Path, tokenizer: Tokenizer, documents: list[Document], dt
     """Write all ids in a row, an end-of-text after each document: {source: {documents, tokens, bytes}}"""
     counts = {}
     with open(path, "wb") as f:
-        for ids, document in zip(encode_all(tokenizer, documents, f"encoding {path.stem}"), documents):
+        for ids, document in zip(encode_all(tokenizer, documents, f"encoding {path.stem}"), documents, strict=True):
             f.write(np.append(ids, np.uint32(tokenizer.eot_id)).astype(np.dtype(dtype).newbyteorder("<")).tobytes())
             count = counts.setdefault(document.source, {"documents": 0, "tokens": 0, "bytes": 0})
             count["documents"] += 1
@@ -625,53 +628,38 @@ def write_tokens(path: Path, tokenizer: Tokenizer, documents: list[Document], dt
     return counts
 
 
-def xz_sizes(train: bytes, val: bytes):
-    """Compress train, then val behind it: yields the share done, at last (C(train), C(train + val)) in bytes.
-
-    Both in one pass: a compressor cannot be copied, but a process can. Where there is no fork, in two.
-    """
-    xz, size = lzma.LZMACompressor(**XZ), 0
-    for i in range(0, len(train), 1 << 20):
-        size += len(xz.compress(train[i : i + (1 << 20)]))
-        yield i / len(train)
-    if hasattr(os, "fork"):
-        inlet, outlet = os.pipe()
+def xz_sizes(send, train: bytes, val: bytes) -> None:
+    """Compress train, then val behind it. Sends a float after each megabyte, then C(train) and C(train + val)."""
+    xz, size, worker = lzma.LZMACompressor(**XZ), 0, multiprocessing.parent_process()
+    if worker:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for i in range(0, len(train), 10**6):
+        size += len(xz.compress(train[i : i + 10**6]))
+        send(i / len(train))
+    if worker and hasattr(os, "fork"):  # a compressor cannot be copied, but a process can: one pass gives both sizes
         if not (child := os.fork()):
-            os.write(outlet, str(size + len(xz.flush())).encode())
+            send(size + len(xz.flush()))
             os._exit(0)
-        train_size = int(os.read(inlet, 32))
         os.waitpid(child, 0)
-        os.close(inlet)
-        os.close(outlet)
     else:
-        train_size = len(lzma.compress(train, **XZ))
-    yield train_size, size + len(xz.compress(val)) + len(xz.flush())
-
-
-def send_xz_sizes(pipe, train: bytes, val: bytes) -> None:
-    """`xz_sizes` in a process of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for item in xz_sizes(train, val):
-        pipe.send(item)
+        send(len(lzma.compress(train, **XZ)))
+    send(size + len(xz.compress(val)) + len(xz.flush()))
 
 
 class Baselines:
-    """What xz makes of the validation text, alone and primed with the training text; it runs beside the rest."""
+    """What xz makes of the validation text, alone and primed with the training text, found while the rest goes on."""
 
-    def __init__(self, train: list[Document], val: list[Document], limit: int = 200_000_000):
-        self.train, self.val = ("".join(d.text for d in docs).encode() for docs in (train, val))
+    def __init__(self, train: list[Document], val: list[Document]):
+        self.texts = ["".join(d.text for d in documents).encode() for documents in (train, val)]
         self.process = None
-        self.primed = len(self.train) <= limit
-        if not self.primed:
-            say(f"xz primed with more than {limit // 10**6} MB would take too long: left out")
-        elif __name__ == "__main__":  # a worker starts this file anew, so it has to be the program that runs
-            context = multiprocessing.get_context("spawn")
-            self.pipe, other = context.Pipe(duplex=False)
-            self.process = context.Process(target=send_xz_sizes, args=(other, self.train, self.val), daemon=True)
-            self.process.start()
-            other.close()
 
     def __enter__(self) -> Baselines:
+        if __name__ == "__main__" and len(self.texts[0]) <= XZ_LIMIT:  # as above: workers start this file
+            context = multiprocessing.get_context("spawn")
+            self.inlet, outlet = context.Pipe(duplex=False)
+            self.process = context.Process(target=xz_sizes, args=(outlet.send, *self.texts), daemon=True)
+            self.process.start()
+            outlet.close()
         return self
 
     def __exit__(self, *_) -> None:
@@ -679,21 +667,20 @@ class Baselines:
             self.process.terminate()
 
     def result(self) -> dict:
-        """Sizes in bytes and bits per byte of the validation text."""
-        alone = len(lzma.compress(self.val, **XZ))
-        out = {"xz_bytes": alone, "xz_bpb": round(8 * alone / len(self.val), 4)}
-        if self.primed:
-            items = iter(self.pipe.recv, None) if self.process else xz_sizes(self.train, self.val)
-            done = 0.0
-            with bar("compressing with xz -9e", 1) as tick:
-                for item in items:
-                    if isinstance(item, tuple):
-                        break
-                    tick(item - done)
-                    done = item
-            primed = item[1] - item[0]
-            out |= {"xz_primed_bytes": primed, "xz_primed_bpb": round(8 * primed / len(self.val), 4)}
-        return out
+        """Sizes in bytes, and bits per byte of the validation text."""
+        train, val = self.texts
+        sizes = {"xz": len(lzma.compress(val, **XZ))}
+        if len(train) > XZ_LIMIT:
+            say("xz primed with so much text takes minutes: left out")
+        else:
+            n, found = -(-len(train) // 10**6) + 2, []
+            if not self.process:
+                xz_sizes(found.append, train, val)
+            items = (self.inlet.recv() for _ in range(n)) if self.process else found
+            found = list(track(items, "compressing with xz -9e, the baseline", n))
+            sizes["xz_primed"] = found[-1] - found[-2]
+        bits = {f"{name}_bpb": round(8 * size / len(val), 4) for name, size in sizes.items()}
+        return {f"{name}_bytes": size for name, size in sizes.items()} | bits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -763,50 +750,28 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-class bar:
-    """`with bar("merging", 100) as tick: tick(1)`: progress and time left on a terminal, one line elsewhere."""
-
-    def __init__(self, what: str, total: float):
-        self.what, self.total, self.progress = what, total, None
-
-    def __enter__(self):
-        self.start = time.perf_counter()
-        if not sys.stderr.isatty():
-            return lambda n: None
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self.progress = Progress(console=Console(stderr=True))
-        self.progress.start()
-        task = self.progress.add_task(self.what, total=self.total)
-        return lambda n: self.progress.advance(task, n)
-
-    def __exit__(self, error, *_) -> None:
-        if self.progress:
-            self.progress.stop()
-        elif error is None:
-            say(f"{self.what}: {time.perf_counter() - self.start:.1f} s")
-
-
 def track(items, what: str, total: int):
-    """Iterate with a bar."""
-    with bar(what, total) as tick:
-        for item in items:
-            yield item
-            tick(1)
+    """Go through some items with progress and time left on a terminal, with a line at the end elsewhere."""
+    start = time.perf_counter()
+    if sys.stderr.isatty():
+        from rich import console, progress  # here, as `encode` has to start fast
+
+        yield from progress.track(items, what, total, console=console.Console(stderr=True))
+    else:
+        yield from items
+        say(f"{what}: {time.perf_counter() - start:.1f} s")
 
 
 def show_table(title: str, columns: list[str], rows: list[list]) -> None:
-    """A small table on standard error; text to the left, numbers to the right."""
-    from rich.console import Console
-    from rich.table import Table
+    """A small table on standard error; numbers to the right."""
+    from rich import console, table
 
-    table = Table(title=title, title_justify="left")
+    grid = table.Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
+        grid.add_column(column, justify="right" if i else "left")
     for row in rows:
-        table.add_row(*(f"{x:,}" if isinstance(x, int) else x for x in row))
-    Console(stderr=True).print(table)
+        grid.add_row(*(f"{x:,}" if isinstance(x, int) else x for x in row))
+    console.Console(stderr=True).print(grid)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -971,7 +936,7 @@ def main() -> None:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except OSError as e:  # no such folder, no permission, disk full
-        print(f"error: {e.filename or 'output'}: {e.strerror or e}", file=sys.stderr)
+        print(f"error: {e.filename or 'the output could not be written'}: {e.strerror or e}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -373,7 +373,7 @@ class Step:
 
     def measure_noise(self, step: int, parts: int = 8) -> float:
         """The critical batch size in tokens, from the gradients of `parts` pieces of one step's windows."""
-        batches, _ = self.load(step, self.taken)
+        batches, _ = self.pool.submit(self.load, step, self.taken).result()  # one reader of the files at a time
         x, y = (torch.cat([b[i] for b in batches]) for i in range(2))
         k = min(parts, len(x))
         small = []
@@ -409,9 +409,9 @@ class Log:
             self.file = self.guard(lambda: open(self.path, "a", encoding="utf-8"))
 
     def close(self) -> None:
-        if self.file:
-            self.file.close()
-        self.file = None
+        file, self.file = self.file, None
+        if file:
+            self.guard(file.close)
 
     def guard(self, write):
         try:
