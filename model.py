@@ -479,7 +479,7 @@ class Transformer(nn.Module):
         """ids (B, T), or hidden (B, T, C) on a later stage -> (result, aux).
 
         targets (B, T)  given: the result is the loss PER TOKEN (B, T) in nats, float32, 0 where IGNORE
-        positions       (T,) or (B, T), 0.. by default (with a cache: from where it ends); -1 is padding
+        positions       (T,) consecutive or (B, T) any, 0.. by default (with a cache: from its end); -1 is padding
         doc_ids (B, T)  tokens of different documents do not see each other
         output          "logits" (B, T, V) | "last" (B, 1, V): the last position's | "hidden" (B, T, C)
         aux             the earlier stage's auxiliary losses; a scalar, zero for a dense model
@@ -489,6 +489,8 @@ class Transformer(nn.Module):
             start = cache.n if cache is not None else 0
             positions = torch.arange(start, start + T, device=x.device)
         if cache is not None:
+            if doc_ids is not None:
+                raise ValueError("a cache holds one document a row: give doc_ids or a cache, not both")
             cache.claim(positions)
         masks = self.masks(positions, doc_ids, cache, T)
         if self.first:
@@ -506,11 +508,13 @@ class Transformer(nn.Module):
             return x, aux
         if targets is None:
             return self.lm_head(x), aux
-        return token_losses(x, self.lm_head, targets), aux
+        return token_losses(x, self.lm_head, targets, self.config.vocab_size), aux
 
     def remember(self, block, *args):
         """Run a block, keeping what its backward pass needs: everything, or its input only ("block"), or the
         results of its matrix products ("selective"), the rest being computed again from these."""
+        if args[-1] is not None:  # with a cache every length is new: a compiled block would be compiled anew
+            return block._call_impl(*args)
         if self.recompute == "none" or not torch.is_grad_enabled():
             return block(*args)
         if self.recompute == "block":
@@ -578,13 +582,12 @@ CHUNK_LOGITS = 2**22  # logits that stand in memory at once: 16 MB of float32, a
 KEEP_LOGITS = 2**27  # beyond this many in all, they are computed again in the backward pass instead of kept
 
 
-def token_losses(hidden, head: nn.Module, targets):
+def token_losses(hidden, head: nn.Module, targets, V: int):
     """-log p(target) of each token: (B, T, C), (B, T) -> (B, T) float32, 0 where the target is IGNORE.
 
     In chunks of tokens, so that the (N, V) logits of a large vocabulary never stand in memory at once.
     """
     x, t = hidden.flatten(0, 1), targets.flatten()
-    V = head.weight.shape[0]
     rows = max(64, CHUNK_LOGITS // V) if x.device.type == "cpu" else max(1024, 2**26 // V)
     again = torch.is_grad_enabled() and x.shape[0] * V > KEEP_LOGITS
 
@@ -651,6 +654,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, pick: Callabl
     pick: logits (B, V) -> ids (B,), greedy by default; sample.py has the others. Prompts are padded on the left
     with position -1, so every row's next token is in the same slot; positions, not slots, are what counts.
     """
+    model.eval()
     if not prompts or not all(prompts):
         raise UserError("A prompt needs at least one token: begin with the end-of-text token.")
     device = next(model.parameters()).device
@@ -904,15 +908,18 @@ class Tokens:
     def in_order(self, T: int, B: int, limit: int | None = None, rank: int = 0, world: int = 1):
         """Batches of the text from its first token to its last, each a target once: (inputs, targets).
 
-        limit: about how many tokens, as evenly spread windows; these are the same ones at every call.
+        limit: about how many tokens, as evenly spread windows; these are the same ones at every call. All batches
+        have B rows and all ranks the same number of them (rows without a target fill up): a rank that has none left
+        would let the others wait, and a batch of another size be compiled anew.
         """
         windows = np.arange(0, self.n - 1, T)
         if limit is not None and limit < self.n:
             windows = windows[np.linspace(0, len(windows) - 1, max(1, limit // T)).astype(int)]
-        windows = windows[rank::world]
-        for i in range(0, len(windows), B):
+        share = -(-len(windows) // world)
+        windows, B = windows[rank::world], min(B, share)
+        for i in range(0, share, B):
             starts = windows[i : i + B]
-            x, y = np.full((len(starts), T), self.eot_id, np.int64), np.full((len(starts), T), IGNORE, np.int64)
+            x, y = np.full((B, T), self.eot_id, np.int64), np.full((B, T), IGNORE, np.int64)
             for row, start in enumerate(starts):
                 ids = self.read(int(start), min(T + 1, self.n - int(start)))
                 x[row, : len(ids) - 1], y[row, : len(ids) - 1] = ids[:-1], ids[1:]
@@ -1025,6 +1032,8 @@ def setup_distributed(device: str = "auto") -> Ranks:
     """Join the process group that torchrun's environment describes: NCCL on CUDA, else gloo."""
     if "RANK" not in os.environ:
         return Ranks(device=pick_device(device))
+    if device == "auto" and not torch.cuda.is_available():
+        device = "cpu"  # gloo moves no tensors of Apple's GPU
     rank, local, world = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(local)  # before the first tensor: else every rank opens a context on GPU 0
@@ -1088,6 +1097,7 @@ def build_optimizer(
     hidden = [p for n, p in named.items() if p.dim() == 2 and n.startswith("layers.")]
     tables = [p for n, p in named.items() if p.dim() == 2 and not n.startswith("layers.")]
     vectors = [p for n, p in named.items() if p.dim() < 2 and n != "norm.weight"]
+    assert all(p.dim() <= 2 for p in named.values()), "a tensor of three dimensions would be in no group"
     adamw = [
         {"params": tables, "weight_decay": weight_decay, "lr_scale": 1.0},
         {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},

@@ -856,7 +856,7 @@ def prepare(
     if tok and tok.eot_id is None:
         raise UserError(f"{tokenizer} has no {SPECIAL[0]}, which has to end every document")
     files = find_files(inputs) if inputs else find_python()
-    output = output or Path("data") / files[0][0]
+    output = output or Path("data") / (files[0][0] if inputs else "python")
     with NewFolder(output, overwrite) as folder:
         # 2. documents
         documents, dropped, listing = read_documents(files, field)

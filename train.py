@@ -508,13 +508,13 @@ def evaluate_all(o: Options, step: Step, val: list[Tokens], B: int, limit: int |
 
 @torch.no_grad()
 def evaluate_masked(o: Options, step: Step, tokens: Tokens, B: int, limit: int | None) -> dict:
-    """Loss and accuracy on the same masked tokens at every call: the masks depend on the window alone."""
+    """Loss and accuracy on the same masked tokens at every call: the masks depend on the window's text alone."""
     model, r = step.model, step.ranks
     model.eval()
     total = torch.zeros(3, dtype=torch.float64)  # nats, right, masked
-    for i, (x, y) in enumerate(tokens.in_order(model.config.seq_len, B, limit, r.rank, r.world)):
+    for x, y in tokens.in_order(model.config.seq_len, B, limit, r.rank, r.world):
         real = y != IGNORE  # the last window is padded
-        x, y = step.corrupt(x, [("val", i * B + row, r.rank, r.world) for row in range(len(x))])
+        x, y = step.corrupt(x, [("val", row.numpy().tobytes()) for row in x])
         y[~real] = IGNORE
         x, y = x.to(r.device), y.to(r.device)
         logits = model(x)[0][y != IGNORE].float()
@@ -707,8 +707,8 @@ def run(o: Options, *, resume: str | None = None, overwrite: bool = False) -> di
     """Train, evaluate, save, show. -> the last evaluation."""
     # 1. Where, and with what
     ranks, out = setup_distributed(o.device), Path(o.out)
-    if not resume and not overwrite and ((out / "config.json").exists() or out.with_name(out.name + ".old").exists()):
-        raise UserError(f"{out} holds a run already: --resume {out} goes on with it, --overwrite begins again.")
+    if not resume:
+        check_out(out, overwrite)
     if o.data == Options.data and not Path(o.data[0]).exists():
         if ranks.rank == 0:
             default_data(o.data[0])
@@ -737,6 +737,15 @@ def run(o: Options, *, resume: str | None = None, overwrite: bool = False) -> di
     if ranks.rank == 0:
         report(this)
     return this.result
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Nothing that exists is lost: a run's folder needs --overwrite, anything else is never replaced."""
+    is_run = (out / "config.json").exists() or Path(f"{out}.old").exists()
+    if is_run and not overwrite:
+        raise UserError(f"{out} holds a run already: --resume {out} goes on with it, --overwrite begins again.")
+    if not is_run and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not a checkpoint folder: choose another --out.")
 
 
 def describe(o: Options, config: Config, train: list[Tokens], ranks) -> None:

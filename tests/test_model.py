@@ -389,13 +389,16 @@ def test_packed_documents_are_as_if_alone(window, restart):
 
 
 @torch.no_grad()
-def test_padding_changes_nothing():
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.3)])
+def test_padding_changes_nothing(dtype, tolerance):
+    """A row of padding sees nothing, and a softmax over nothing is NaN, which spreads: the bf16 road would show it."""
     net, x = make(), ids(1, 7)
+    net.compute_dtype = dtype
     padded = torch.cat([ids(1, 3, seed=5), x], 1)
     positions = torch.tensor([[-1, -1, -1, 0, 1, 2, 3, 4, 5, 6]])
     got = net(padded, positions=positions)[0]
     assert got.isfinite().all()
-    close(got[:, 3:], net(x)[0])
+    close(got[:, 3:], net(x)[0], tolerance)
 
 
 def test_outputs():
@@ -647,7 +650,7 @@ def test_optimizer_groups(name, tie):
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_width_transfer_scales_steps_and_logits_only(name):
-    """At the width where the rate was found nothing changes; at twice that width the folder is still a stock one."""
+    """At the width where the rate was found nothing changes; at twice it steps and logits shrink."""
     same, again = Transformer(TINY).init_weights(0, mup_base=TINY.n_embd), Transformer(TINY).init_weights(0)
     assert all(torch.equal(a, b) for a, b in zip(same.parameters(), again.parameters(), strict=True))
     wide, plain = Transformer(TINY).init_weights(0, mup_base=16), Transformer(TINY).init_weights(0)

@@ -432,6 +432,11 @@ def test_other_peoples_data_and_folders(data, text, tmp_path):
     before = weights(run)
     with pytest.raises(UserError, match="holds a run already"):
         train.run(options(data, run))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="not a checkpoint folder"):
+            train.run(options(data, tmp_path / "mine"), overwrite=overwrite)
     with pytest.raises(UserError, match="is finished"):
         train.resumed(run, {})
     with pytest.raises(UserError, match="--lr cannot change"):
