@@ -25,7 +25,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -40,9 +39,29 @@ import typer
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import (
-    IGNORE, PRESETS, Config, Tokens, Transformer, UserError, build_optimizer, console, evaluate, find_checkpoint,
-    generate, load_model, load_state, load_tokenizer, pad_vocab, peak_flops, pick_dtype, read_json, run_app,
-    save_checkpoint, say, seed_of, setup_distributed,
+    IGNORE,
+    PRESETS,
+    Config,
+    Tokens,
+    Transformer,
+    UserError,
+    build_optimizer,
+    console,
+    evaluate,
+    find_checkpoint,
+    generate,
+    load_model,
+    load_state,
+    load_tokenizer,
+    pad_vocab,
+    peak_flops,
+    pick_dtype,
+    read_json,
+    run_app,
+    save_checkpoint,
+    say,
+    seed_of,
+    setup_distributed,
 )  # fmt: skip
 
 # B sequences of a micro-batch, T tokens of a sequence, N tokens of a step over all ranks.
@@ -642,7 +661,7 @@ class Run:
 
     def loop(self) -> None:
         o, step, stopping = self.o, self.step, Stopping()
-        peak = peak_flops(self.ranks.device, self.model.compute_dtype) * self.ranks.world
+        peak = peak_flops(self.ranks.device, self.model.compute_dtype, kept="out/machine.json") * self.ranks.world
         per_byte = self.train_data[0].n / max(1, self.train_data[0].bytes)  # tokens in a byte of text
         rate = None
         try:
@@ -830,11 +849,11 @@ def main(
     compile: Annotated[str, typer.Option(help="auto (when the run is long enough to win), on or off.")] = Options.compile,
     recompute: Annotated[str, typer.Option(help="block: keep only each block's input; none, selective.")] = Options.recompute,
     eval_interval: Annotated[int, typer.Option(help="Steps between evaluations.")] = Options.eval_interval,
-    eval_tokens: Annotated[int | None, typer.Option(help="Validation tokens of each; 0 is all. The last takes all.")] = Options.eval_tokens,
+    eval_tokens: Annotated[int | None, typer.Option(help="Validation tokens of each; 0: all. The last takes all.")] = Options.eval_tokens,
     save_interval: Annotated[int, typer.Option(help="Steps between checkpoints.")] = Options.save_interval,
     target_loss: Annotated[float | None, typer.Option(help="Stop at the first evaluation at or below it.")] = None,
-    patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without a better one; OUT-best keeps the best.")] = None,
-    noise_scale: Annotated[bool, typer.Option("--noise-scale", help="Measure the critical batch size at evaluations.")] = Options.noise_scale,
+    patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without a better one; kept in OUT-best.")] = None,
+    noise_scale: Annotated[bool, typer.Option("--noise-scale", help="Measure the critical batch size.")] = Options.noise_scale,
     seed: Annotated[int, typer.Option(help="Of the weights and the order of the data.")] = Options.seed,
 ) -> None:  # fmt: skip
     """Train a model on a data folder; without options, a small one on the sources of the installed Python."""

@@ -33,7 +33,7 @@ def tiny(words):
     if script == "bench.py" and "claims" in words:
         words = [*words, "--quick"]
     if script == "bench.py" and "decode" in words:
-        options = {"--new-tokens": "4"}
+        options = {"--new": "4"}
     for name, value in options.items():
         if name in words:
             words[words.index(name) + 1] = value
