@@ -318,7 +318,7 @@ def warmup_run(config: Config, lr: float, warmup_steps: int, steps: int, batches
 
 
 def claim_warmup(device: torch.device, quick: bool, data: str | None = None) -> dict:
-    config, steps, rows = PRESETS["nano"].replace(vocab_size=256, seq_len=64), 20 if quick else 60, []
+    config, steps, rows = PRESETS["nano"].replace(vocab_size=256, seq_len=64, n_layer=2 if quick else 4), 60, []
     tokens = Tokens(data, "train") if data else None
     if tokens:
         config = config.replace(vocab_size=pad_vocab(tokens.vocab_size))

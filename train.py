@@ -81,12 +81,12 @@ class Options:
     n_embd: int | None = None
     seq_len: int | None = None
     max_steps: int = 1000
-    tokens_per_step: int = 8192
+    tokens_per_step: int = 4096
     micro_batch: int | None = None
     batch_ramp: int = 0
     optimizer: str = "muon"
-    lr: float = 6e-3
-    warmup_steps: int = 50
+    lr: float = 1e-2
+    warmup_steps: int = 30
     schedule: str = "wsd"
     min_lr: float = 0.1
     weight_decay: float = 0.1

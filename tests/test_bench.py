@@ -1,0 +1,225 @@
+"""bench.py: the measures by things of known size, the commands by what they print. No test asks for a speed."""
+
+import doctest
+import json
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import command
+
+import bench
+from bench import CLAIMS, alternate, bytes_per_step, markov_batches, peak_bytes, plain_attention, shape_of, spread
+from model import PRESETS, Config, Transformer, UserError, save_checkpoint
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    """Measures without the time that makes them good."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "peak_flops", lambda *_: 1e12)
+    monkeypatch.setattr(bench, "read_rate", lambda *_: 1e10)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny models wait for a second thread more than it helps them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def printed(capsys):
+    return json.loads(capsys.readouterr().out)
+
+
+# --- how it is measured ---
+
+
+def test_worked_examples():
+    result = doctest.testmod(bench)
+    assert result.attempted and not result.failed
+
+
+def test_jobs_take_turns():
+    turns = []
+    jobs = {"a": lambda: turns.append("a"), "b": lambda: (turns.append("b"), time.sleep(0.01))}
+    seconds = alternate(jobs, 3, CPU)
+    assert turns == ["a", "b"] * 4 and [len(s) for s in seconds.values()] == [3, 3]  # the first round does not count
+    assert min(seconds["b"]) >= 0.01 > max(seconds["a"])
+    assert spread([3.0, 1.0, 8.0], 2.0) == {"median": 6.0, "low": 2.0, "high": 16.0}
+
+
+def test_peak_bytes_counts_what_lives_at_one_time():
+    x = torch.ones(1000)  # 4 kB
+
+    def job():
+        a = x + 1  # 4
+        b = a * 2  # 8
+        del a  # 4
+        c = b + b + b  # 12, with the sum of two that does not last
+        return (b.view(10, 100), c.mul_(2))  # views and changes in place take nothing
+
+    assert peak_bytes(job, CPU, [x]) == 12_000
+    with bench.LiveBytes([x]) as live:
+        x.view(10, 100).t()
+        kept = x + 1
+        (x + 2).sum()
+    assert live.now == kept.nbytes and live.peak == 8_004
+
+
+def test_peak_bytes_of_a_backward_pass():
+    """Ten squares keep their ten inputs; recomputed by halves, those of five and one more."""
+    x = torch.ones(1000, requires_grad=True)
+
+    def run(y, halves):
+        def squares(y):
+            for _ in range(5):
+                y = y.square()
+            return y
+
+        for _ in range(2):
+            y = torch.utils.checkpoint.checkpoint(squares, y, use_reentrant=False) if halves else squares(y)
+        torch.autograd.grad(y.sum(), x)
+
+    whole, halves = (peak_bytes(lambda h=h: run(x, h), CPU, [x]) for h in (False, True))
+    assert 40_000 <= whole <= 56_000 and 24_000 <= halves <= 40_000 and halves < whole
+
+
+def test_plain_attention_is_the_flash_one():
+    q, k, v = torch.randn(3, 2, 4, 33, 16)
+    torch.testing.assert_close(plain_attention(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+def test_bytes_per_step():
+    config = PRESETS["micro"].replace(vocab_size=4096)
+    net = Transformer(config)
+    matrices = sum(p.numel() for p in net.parameters() if p.dim() == 2)  # the embedding is the output matrix
+    cache = bench.Cache(config, 3, 100, dtype=torch.bfloat16)
+    assert bytes_per_step(config, 3, 100, 2) == 2 * matrices + cache.nbytes
+
+
+def test_shape_of():
+    assert shape_of("micro") == PRESETS["micro"].replace(vocab_size=4096)
+    half = shape_of("1b", n_layer=2, n_embd=1024, seq_len=64, vocab_size=70)
+    assert (half.n_layer, half.n_embd, half.n_head, half.n_kv_head, half.ffn_dim) == (2, 1024, 16, 4, 4096)
+    assert (half.vocab_size, half.seq_len) == (128, 64)
+    assert shape_of("1b", n_embd=192).n_kv_head == 3  # no grouping where it does not divide
+
+
+def test_markov_text_can_be_learned():
+    x, y = next(markov_batches(16, 64, 32, seed=0))
+    assert x.shape == y.shape == (64, 32) and torch.equal(x[:, 1:], y[:, :-1])
+    assert all(len(y[x == token].unique()) <= 4 for token in range(16))
+
+
+# --- the commands ---
+
+
+def test_machine(monkeypatch, capsys):
+    facts = bench.machine(device="cpu", as_json=True)
+    assert printed(capsys) == facts == json.loads(open("out/machine.json").read())
+    assert facts["flops"] == {"fp32": 1e12, "bf16": 1e12} and facts["read_gb_per_s"] == 10
+    assert facts["threads"] == torch.get_num_threads() and facts["name"] and facts["torch"] == torch.__version__
+    bench.machine(device="cpu")
+    assert "GFLOP/s" in capsys.readouterr().out
+
+
+def test_read_rate_is_of_this_world(monkeypatch):
+    monkeypatch.undo()
+    assert 1e8 < bench.read_rate(CPU, 0.01) < 1e13
+
+
+def test_train(capsys):
+    tiny = dict(preset="nano", n_layer=1, n_embd=64, seq_len=16, batch=2, vocab_size=256, steps=2, device="cpu")
+    facts = bench.train(**tiny, as_json=True)
+    assert printed(capsys) == facts
+    assert facts["params"] == Transformer(shape_of("nano", 1, 64, 16, 256)).config.n_params()
+    for row in facts["rows"]:
+        ms = row["ms_per_step"]
+        assert ms["low"] <= ms["median"] <= ms["high"] and row["tok_per_s"] == pytest.approx(32e3 / ms["median"])
+        flops = shape_of("nano", 1, 64, 16, 256).flops_per_token(16)
+        assert row["mfu"] == pytest.approx(row["tok_per_s"] * flops / 1e12)
+    assert [row["dtype"] for row in bench.train(**tiny, dtype="fp32", optimizer="adamw")["rows"]] == ["fp32"]
+
+
+def test_train_against_transformers(capsys):
+    pytest.importorskip("transformers", reason="transformers is the other side of this race")
+    tiny = dict(preset="nano", n_layer=1, n_embd=64, seq_len=16, batch=2, vocab_size=256, steps=1, device="cpu")
+    rows = bench.train(**tiny, vs="transformers", dtype="bf16", as_json=True)["rows"]
+    assert [row["model"] for row in rows] == ["octavo", "transformers"] and rows[1]["speedup"] == 1
+    assert rows[0]["speedup"] == pytest.approx(rows[1]["ms_per_step"]["median"] / rows[0]["ms_per_step"]["median"])
+
+
+def test_decode(tmp_path, capsys):
+    sizes = dict(vocab_size=64, seq_len=32, n_layer=2, n_head=2, n_kv_head=1, n_embd=16, head_dim=8, ffn_dim=24)
+    (tmp_path / "vocab.json").write_text("{}")
+    save_checkpoint(tmp_path / "a", Transformer(Config(**sizes)).init_weights(), tmp_path / "vocab.json")
+    options = dict(batch=[1, 3], prompt=8, new=8, rounds=2, device="cpu", dtype="fp32")
+    facts = bench.decode(tmp_path / "a", **options, as_json=True)
+    assert printed(capsys) == facts and [row["batch"] for row in facts["rows"]] == [1, 3]
+    for row in facts["rows"]:
+        assert row["tok_per_s"] == pytest.approx(row["batch"] * 1e3 / row["ms_per_token"]["median"])
+        size = bytes_per_step(Config(**sizes), row["batch"], 12, 4)
+        assert row["of_bandwidth"] == pytest.approx(size * row["tok_per_s"] / row["batch"] / 1e10)
+    bench.decode(preset="nano", batch=[2], prompt=4, new=2, rounds=1, device="cpu", dtype="bf16")
+    assert "bf16" in capsys.readouterr().out
+
+
+def test_claims(data, capsys):
+    results = bench.claims(quick=True, data=str(data), device="cpu", as_json=True)
+    assert printed(capsys) == results and list(results) == list(CLAIMS)
+    assert all(result["claim"] and result["finding"] and result["rows"] for result in results.values())
+    # what does not depend on the speed of a machine
+    short, *_, long = results["flash-attention"]["rows"]
+    doublings = long["T"] / short["T"]
+    assert long["plain_mb"] / short["plain_mb"] > doublings**2 * 0.8  # quadratic memory
+    assert long["flash_mb"] / short["flash_mb"] == pytest.approx(doublings, rel=0.1)  # linear
+    none, selective, block = (row["peak_mb"] for row in results["recompute"]["rows"])
+    assert block < selective < none
+    *_, cold, warm = (row["largest_rise"]["median"] for row in results["warmup"]["rows"])
+    assert warm < cold
+    bench.show("tables", results["warmup"]["rows"])
+    assert "largest rise" in capsys.readouterr().out
+
+
+def test_warmup_run(monkeypatch):
+    """The rise is above the lowest loss so far, not between neighbours."""
+    config = PRESETS["nano"].replace(vocab_size=256, n_layer=1)
+    losses = iter([5.0, 3.0, 4.0, 4.5, 2.0, 2.1])
+    forward = Transformer.forward
+
+    def told(self, x, y):
+        return forward(self, x, y)[0] * 0 + next(losses), None
+
+    monkeypatch.setattr(Transformer, "forward", told)
+    facts = bench.warmup_run(config, 0.01, 2, 6, markov_batches(256, 2, 8, 0), 0, CPU)
+    assert facts == {"largest_rise": 1.5, "largest_grad_norm": 0.0, "last_loss": pytest.approx(2.1)}
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: bench.train(preset="huge"), "--preset"), (lambda: bench.train(n_embd=100), "--n-embd"),
+        (lambda: bench.train(steps=0), "--steps"), (lambda: bench.train(vs="jax"), "--vs"),
+        (lambda: bench.train(optimizer="sgd", preset="nano", device="cpu"), "--optimizer"),
+        (lambda: bench.train(n_layer=0), "n_layer"), (lambda: bench.decode(batch=[0]), "--batch"),
+        (lambda: bench.decode("nowhere", device="cpu"), "no checkpoint"), (lambda: bench.claims(["magic"]), "magic"),
+        (lambda: bench.machine(device="abacus"), "abacus"), (lambda: bench.decode(dtype="fp8"), "--dtype"),
+    ],
+)  # fmt: skip
+def test_bad_input(call, words):
+    with pytest.raises(UserError, match=words):
+        call()
+
+
+def test_as_a_command(tmp_path):
+    code, out, err = command("bench.py", "claims", "magic")
+    assert (code, out) == (2, "") and err.startswith("error: There is no claim 'magic'") and err.count("\n") == 1
+    args, env = ("claims", "kv-cache", "--quick", "--json"), {"OMP_NUM_THREADS": "1"}
+    code, out, err = command("bench.py", *args, cwd=tmp_path, env=env)
+    assert code == 0 and list(json.loads(out)) == ["kv-cache"], err
