@@ -1003,7 +1003,7 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3, kept: str | Path = "") -> float:
+def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.15, kept: str | Path = "") -> float:
     """FLOP/s of the best large matrix product on this machine, measured now: the denominator of MFU.
 
     kept: the file that `bench.py machine` writes; what it says is taken where it is of this hour and this machine.
@@ -1013,7 +1013,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3, k
         same = facts["device"] == device.type and facts["threads"] == torch.get_num_threads()
         if same and time.time() - Path(kept).stat().st_mtime < 3600:
             return facts["flops"][{torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]]
-    n = 8192 if device.type == "cuda" else 2048
+    n = 8192 if device.type == "cuda" else 256 if dtype == torch.float16 and device.type == "cpu" else 2048  # slow there
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     a @ b
     best, end = 0.0, time.perf_counter() + seconds

@@ -260,7 +260,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
 
 
 def test_two_ranks_give_what_one_gives(data, tmp_path):
-    sizes = dict(dtype="fp32", micro_batch=3, max_steps=5, objective="mlm")
+    # AdamW: Muon makes its update orthogonal in bfloat16, which turns float noise into 4e-3
+    sizes = dict(dtype="fp32", micro_batch=3, max_steps=5, objective="mlm", optimizer="adamw", lr=1e-3)
     train.run(options(data, tmp_path / "one", **sizes))
     code, _, err = command("train.py", *flags(data, tmp_path / "two", **sizes), ranks=2, env={"OMP_NUM_THREADS": "1"})
     assert code == 0, err
@@ -271,7 +272,7 @@ def test_two_ranks_give_what_one_gives(data, tmp_path):
                 assert a[key] == pytest.approx(b[key], rel=2e-4)
     a, b = load_model(tmp_path / "one"), load_model(tmp_path / "two")
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
-        assert (p - q).norm() <= 1e-3 * p.norm(), name
+        assert (p - q).norm() <= 1e-4 * p.norm(), name
     # and goes on as one process, in the same order of the data
     train.run(train.resumed(str(tmp_path / "two"), {"max_steps": 7}), resume=str(tmp_path / "two"))
     train.run(train.resumed(str(tmp_path / "one"), {"max_steps": 7}), resume=str(tmp_path / "one"))
