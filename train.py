@@ -344,7 +344,9 @@ class Step:
         self.next = self.pool.submit(self.load, step, taken)
 
     def backward(self, batches, step: int):
-        """Accumulate the gradient of the mean loss over all tokens of all ranks. -> (this rank's sum of losses, tokens of all ranks)."""
+        """Accumulate the gradient of the mean loss over all tokens of all ranks.
+
+        -> (this rank's sum of losses, tokens of all ranks)"""
         o, r = self.o, self.ranks
         tokens = torch.tensor(float(sum((y != IGNORE).sum() for _, y, _ in batches)), device=r.device)
         if r.world > 1:
@@ -520,6 +522,7 @@ def evaluate_all(o: Options, step: Step, val: list[Tokens], B: int, limit: int |
         results = [evaluate_masked(o, step, tokens, B, limit) for tokens in val]
     share = step.mixture.share
     total = {k: float(sum(w * r[k] for w, r in zip(share, results, strict=True))) for k in results[0]}
+    total["val_tokens"] = sum(r["val_tokens"] for r in results)
     if len(val) > 1:
         total |= {f"val_loss_{t.folder.name}": r["val_loss"] for t, r in zip(val, results, strict=True)}
     return total | {"val_ppl": math.exp(min(total["val_loss"], 50))}
@@ -789,9 +792,10 @@ def report(this: Run) -> None:
     table = Table("figure", "value", title=str(this.out), title_justify="left")
     for key, value in this.result.items():
         table.add_row(key, f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
-    for name, value in (this.val_data[0].meta.get("baselines") or {}).items():
-        if value is not None and o.objective == "clm":
-            table.add_row(f"{name}, bits per byte", f"{value:.4f}")
+    baselines = this.val_data[0].meta.get("baselines") or {}
+    for key, words in (("xz_bpb", "xz -9e, bits per byte"), ("xz_primed_bpb", "... that has read the training text")):
+        if key in baselines and o.objective == "clm":
+            table.add_row(words, f"{baselines[key]:.4f}")
     if len(this.train_data) > 1:
         taken = np.array(this.step.taken) / sum(this.step.taken)
         table.add_row("share of each source", ", ".join(f"{t.folder.name} {s:.1%}" for t, s in
