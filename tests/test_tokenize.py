@@ -461,7 +461,9 @@ def test_too_little_text_for_the_merges_is_a_warning(tmp_path):
 def test_a_killed_prepare_leaves_nothing_half_written(corpus, tmp_path, number):
     out = tmp_path / "data"
     command = [sys.executable, ROOT / "tokenize.py", "prepare", corpus, "--output", out, "--vocab-size", "512"]
-    process = subprocess.Popen([*command, "--no-baselines"], stderr=subprocess.PIPE, text=True)
+    # a shell's background jobs ignore Ctrl-C, and hand that down: the command is to be as a terminal starts it
+    process = subprocess.Popen([*command, "--no-baselines"], stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
     while not list(tmp_path.glob(".data.tmp-*")):  # at work
         assert process.poll() is None
         time.sleep(0.01)
