@@ -4,8 +4,9 @@ Part I   the decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU; one mask, 
 Part II  the folder: a checkpoint *is* a Hugging Face folder; a data folder is a flat file of token ids.
 Part III the run: devices, optimizers, evaluation, and errors that are one sentence.
 
-Every other script imports this file and none of the others. Two doors open from here only when they are asked
-for: `load_tokenizer` reads tokenize.py by its path. Left out: training loops (train.py), sampling (sample.py).
+The other scripts import this file and none of the others (tokenize.py stands without it: it needs no torch). One
+door opens from here, and only when asked: `load_tokenizer` reads tokenize.py by its path. Left out: training loops
+(train.py), sampling (sample.py).
 
     python -c "from model import *; m = Transformer(PRESETS['nano'].replace(vocab_size=256)); print(m)"
 
