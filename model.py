@@ -18,12 +18,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import importlib.util
 import json
 import math
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -153,11 +156,18 @@ class Config:
         attn = self.n_embd * self.head_dim * (2 * self.n_head + 2 * self.n_kv_head)
         return self.n_layer * (attn + 3 * self.n_embd * self.ffn_dim) + self.vocab_size * self.n_embd
 
+    @property
+    def block_params(self) -> int:
+        """Of one layer, norms and biases included."""
+        heads = self.head_dim * (2 * self.n_head + 2 * self.n_kv_head)
+        norms = 2 * self.n_embd + 2 * self.head_dim * self.qk_norm
+        biases = self.head_dim * (self.n_head + 2 * self.n_kv_head) * self.qkv_bias
+        return self.n_embd * heads + 3 * self.n_embd * self.ffn_dim + norms + biases
+
     def n_params(self) -> int:
         """All parameters, in closed form; a test holds it equal to the sum over the module."""
-        norms = self.n_layer * (2 * self.n_embd + 2 * self.head_dim * self.qk_norm) + self.n_embd
-        biases = self.n_layer * self.head_dim * (self.n_head + 2 * self.n_kv_head) * self.qkv_bias
-        return self.matrix_params + norms + biases + (0 if self.tie else self.vocab_size * self.n_embd)
+        tables = self.vocab_size * self.n_embd * (1 if self.tie else 2)
+        return self.n_layer * self.block_params + self.n_embd + tables
 
     def flops_per_token(self, T: int | None = None) -> float:
         """Of forward and backward, per token, at context T: 6 for each weight that multiplies it (2 forward, 4
@@ -173,6 +183,79 @@ class Config:
     def kv_bytes(self, B: int, T: int, bytes_per_element: int = 2) -> int:
         """Of the keys and values that B sequences of T tokens keep."""
         return 2 * B * T * self.n_layer * self.n_kv_head * self.head_dim * bytes_per_element
+
+
+def zero_bytes(n: float, ranks: int, zero: int) -> tuple[float, float, float]:
+    """Bytes of (parameters, gradients, optimizer) on a rank for n parameters in float32 with AdamW's two moments.
+
+    ZeRO shards the optimizer (1), the gradients too (2), the parameters too (3): 1910.02054, figure 1.
+
+    >>> [round(b / 1e9, 2) for b in zero_bytes(175e9, 64, 1)]
+    [700.0, 700.0, 21.88]
+    """
+    return 4 * n / (ranks if zero >= 3 else 1), 4 * n / (ranks if zero >= 2 else 1), 8 * n / (ranks if zero >= 1 else 1)
+
+
+def training_bytes(config: Config, B: int, T: int, *, dp=1, tp=1, zero=0, replicate=1, recompute="none", e=2) -> dict:
+    """What stands in a rank's memory when it trains on B sequences of T tokens at once, in bytes.
+
+    {"parameters", "gathered", "gradients", "optimizer", "activations"}; e: bytes of an activation. The engine keeps
+    a shard beside what it has gathered: all of the model with ZeRO-2, the embedding and two blocks with ZeRO-3.
+    Activations are what a block's backward pass keeps with attention that is not written out, and the matrices in
+    the precision of the products where that is not theirs."""
+    c, L = config, config.n_layer
+    shards = 1 if zero == 0 else dp if zero == 1 else dp // replicate
+    block = c.block_params / tp
+    n = L * block + c.n_embd + c.vocab_size * c.n_embd * (1 if c.tie else 2) / tp
+    parameters, gradients, optimizer = zero_bytes(n, shards, zero)
+    gathered = 0.0
+    if zero >= 2 and shards > 1:
+        parameters, gathered = 4 * n / shards, e * (n if zero == 2 else n - max(0, L - 2) * block)
+    elif e < 4:
+        gathered = e * n
+    q, kv, I = c.n_head * c.head_dim / tp, c.n_kv_head * c.head_dim / tp, c.ffn_dim / tp
+    layer = 4 * c.n_embd + 3 * q + 3 * kv + 4 * I + (q + kv if c.qk_norm else 0)  # both norms' inputs and outputs; q, k, v, y
+    logits = min(B * T * c.vocab_size / tp, KEEP_LOGITS)
+    kept = L * layer if recompute == "none" else L * c.n_embd + layer
+    return {"parameters": parameters, "gathered": gathered, "gradients": gradients, "optimizer": optimizer,
+            "activations": e * B * T * kept + 4 * logits}  # fmt: skip
+
+
+def communication(config: Config, N: int, *, dp=1, tp=1, zero=0, replicate=1, sequence=False, recompute="none", e=2) -> list:
+    """What a step with one micro-batch of N tokens a rank sends: [(phase, collective, axis, how many, bytes of the wholes)].
+
+    Tensor parallelism: two all-reduces of the activations (N, C) a block, forward and backward (1909.08053, 3); with
+    the sequence split (2205.05198, figure 5) each is an all-gather and a reduce-scatter. Data parallelism: the gradients once;
+    ZeRO-3 also the weights, forward and backward (1910.02054, 7). Sums of a few numbers (the loss, norms) are left out."""
+    c, L, rows = config, config.n_layer, []
+    block, n = c.block_params / tp, 0.0
+    n = L * block + c.n_embd + c.vocab_size * c.n_embd * (1 if c.tie else 2) / tp
+    NC = N * c.n_embd
+    again = L if recompute != "none" else 0  # a block that is computed again sends again what its first half sent
+    if tp > 1:
+        chunks = -(-N // max(64, CHUNK_LOGITS // c.vocab_size))
+        if sequence:
+            rows += [("forward", "all_gather", "tensor", 2 * L + 1, (2 * L + 1) * e * NC),
+                     ("forward", "reduce_scatter", "tensor", 2 * L + 1, (2 * L * e + 4) * NC),
+                     ("backward", "all_gather", "tensor", 2 * L + 1 + 2 * again, ((2 * L + 2 * again) * e + 4) * NC),
+                     ("backward", "reduce_scatter", "tensor", 2 * L + again, (2 * L + again) * e * NC),
+                     ("backward", "all_reduce", "tensor", chunks, e * NC)]  # fmt: skip
+        else:
+            rows += [("forward", "all_reduce", "tensor", 2 * L + 1, (2 * L * e + 4) * NC),
+                     ("backward", "all_reduce", "tensor", 2 * L + again + chunks, (2 * L + again + 1) * e * NC)]  # fmt: skip
+    if dp > 1:
+        shards = dp // replicate if zero >= 2 else 1
+        if shards > 1:
+            rows += [("forward", "all_gather", "shard", L + 1, e * n)]
+            if zero == 3:
+                rows += [("backward", "all_gather", "shard", L, e * L * block)]
+            rows += [("backward", "reduce_scatter", "shard", L + 1, 4 * n)]
+        if dp > shards:
+            count = L + 1 if zero >= 2 or tp > 1 else -(-int(4 * n) // 2**25)
+            rows += [("backward", "all_reduce", "replicate", count, 4 * n / shards)]
+        if zero == 1:
+            rows += [("step", "all_gather", "replicate", None, 4 * n)]
+    return rows
 
 
 def pad_vocab(n: int, multiple: int = 64) -> int:
@@ -232,6 +315,12 @@ PRESETS = {
     "medium": Config(n_layer=24, n_head=16, n_kv_head=8, n_embd=1024, head_dim=64, ffn_dim=2816, seq_len=1024),
     "1b": Config(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, head_dim=64, ffn_dim=8192, seq_len=4096,
                  rope_theta=500_000.0),
+    "llama-2-7b": Config(vocab_size=32_000, n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, head_dim=128,
+                         ffn_dim=11_008, seq_len=4096, qk_norm=False, tie=False),
+    "llama-2-70b": Config(vocab_size=32_000, n_layer=80, n_head=64, n_kv_head=8, n_embd=8192, head_dim=128,
+                          ffn_dim=28_672, seq_len=4096, qk_norm=False, tie=False),
+    "llama-3-8b": Config(vocab_size=128_256, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, head_dim=128,
+                         ffn_dim=14_336, seq_len=8192, qk_norm=False, tie=False, rope_theta=500_000.0),
 }  # fmt: skip
 
 
@@ -275,7 +364,7 @@ class _RMSNormCPU(torch.autograd.Function):
         gw = grad * weight
         dot = (gw * x).sum(-1, keepdim=True, dtype=torch.float32)
         grad_x = torch.addcmul(gw * r.to(x.dtype), x, (r.pow(3) * dot / -C).to(x.dtype))
-        grad_weight = (grad * (x * r.to(x.dtype))).flatten(0, -2).sum(0, dtype=torch.float32)
+        grad_weight = (grad * (x * r.to(x.dtype))).sum(tuple(range(x.dim() - 1)), dtype=torch.float32)
         return grad_x, grad_weight.to(weight.dtype), None
 
 
@@ -568,7 +657,12 @@ class Transformer(nn.Module):
             std = 0.02 if "embed_tokens" in name or "lm_head" in name else p.shape[1] ** -0.5
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 std /= math.sqrt(2 * self.config.n_layer)
-            p.copy_(torch.randn(p.shape, generator=generator) * std)
+            full = torch.randn(p.shape, generator=generator) * std
+            if hasattr(p, "placements"):  # a rank's share of it (parallel.py): drawn whole, as one process would
+                from torch.distributed.tensor import distribute_tensor
+
+                full = distribute_tensor(full.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+            p.copy_(full)
         if mup_base and self.last:
             self.norm.weight.fill_(mup_base / self.config.n_embd)
         return self
@@ -713,21 +807,33 @@ def find_checkpoint(folder: str | Path) -> Path:
     for path in (folder, Path(f"{folder}.old")):
         if (path / "config.json").is_file() and any(path.glob("model*.safetensors")):
             return path
+    if (folder / "state" / "shards").is_dir():
+        raise UserError(f"{folder} holds the shards of several processes: `python parallel.py export {folder}` joins them.")
     raise UserError(f"{folder} holds no checkpoint (config.json and model.safetensors): train one with train.py.")
 
 
-def save_checkpoint(folder: str | Path, model, tokenizer: str | Path, *, state=None, metrics: str = "") -> None:
+def save_checkpoint(folder: str | Path, model, tokenizer: str | Path, *, state=None, metrics="", weights=None) -> None:
     """Write a Hugging Face folder beside `folder`, then put it in its place: a kill leaves a whole one.
 
     tokenizer: the tokenizer.json to carry along. state: (tensors by name, JSON object) of a run that can go on.
+    weights: by our names, where `model` holds only a rank's share of them.
     """
     folder = Path(folder)
-    new, old = Path(f"{folder}.new"), Path(f"{folder}.old")
-    shutil.rmtree(new, ignore_errors=True)
-    config = model.config
-    weights = {hf_name(n): p.detach().cpu().contiguous() for n, p in model.state_dict().items()}
-    if config.tie:
-        weights.pop("lm_head.weight")
+    weights = weights or model.state_dict()
+    weights = {hf_name(n): p.detach().cpu().contiguous() for n, p in weights.items()}
+    if model.config.tie:
+        weights.pop("lm_head.weight", None)
+    with replacing(folder) as new:
+        write_folder(new, model.config, tokenizer, metrics)
+        save_tensors(new / "model.safetensors", weights, {"format": "pt"})
+        if state is not None:
+            (new / "state").mkdir()
+            save_tensors(new / "state" / "optimizer.safetensors", state[0])
+            write_text(new / "state" / "state.json", json.dumps(state[1], indent=1) + "\n")
+
+
+def write_folder(new: Path, config: Config, tokenizer: str | Path, metrics: str = "") -> None:
+    """All of a checkpoint folder but its tensors."""
     text = {
         "config.json": config.to_hf(),
         "generation_config.json": {"eos_token_id": config.eos_id, "pad_token_id": config.pad_id,
@@ -737,17 +843,20 @@ def save_checkpoint(folder: str | Path, model, tokenizer: str | Path, *, state=N
                                   "model_max_length": config.seq_len, "clean_up_tokenization_spaces": False,
                                   "chat_template": CHAT_TEMPLATE},
     }  # fmt: skip
+    for name, content in text.items():
+        write_text(new / name, json.dumps(content, indent=2) + "\n")
+    write_text(new / "tokenizer.json", Path(tokenizer).read_text(encoding="utf-8"))
+    write_text(new / "metrics.jsonl", metrics)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path):
+    """An empty folder to write into, put in the place of `folder` at the end; what was there is then in `.old`."""
+    new, old = Path(f"{folder}.new"), Path(f"{folder}.old")
+    shutil.rmtree(new, ignore_errors=True)
     try:
         new.mkdir(parents=True)
-        save_tensors(new / "model.safetensors", weights, {"format": "pt"})
-        for name, content in text.items():
-            write_text(new / name, json.dumps(content, indent=2) + "\n")
-        write_text(new / "tokenizer.json", Path(tokenizer).read_text(encoding="utf-8"))
-        write_text(new / "metrics.jsonl", metrics)
-        if state is not None:
-            (new / "state").mkdir()
-            save_tensors(new / "state" / "optimizer.safetensors", state[0])
-            write_text(new / "state" / "state.json", json.dumps(state[1], indent=1) + "\n")
+        yield new
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(folder, old)
@@ -942,15 +1051,71 @@ class Tokens:
         return self._token_bytes
 
 
+class Mixture:
+    """Several sources, each in its own seeded order, drawn by weight.
+
+    `taken`, the windows of each source so far, is all that a run has to remember of its data.
+    """
+
+    def __init__(self, sources: list[Tokens], weights: list[float], seed: int):
+        self.sources, self.seed = sources, seed
+        self.share = np.array(weights) / sum(weights)
+
+    def draw(self, step: int, count: int, taken: list[int]) -> tuple[list[tuple[int, int]], list[int]]:
+        """The windows of a global batch, the same on all ranks: [(source, position in its order)], new `taken`."""
+        rng = np.random.default_rng([self.seed, step])
+        picks = rng.choice(len(self.share), count, p=self.share) if len(self.share) > 1 else np.zeros(count, int)
+        plan, taken = [], list(taken)
+        for source in picks.tolist():
+            plan.append((source, taken[source]))
+            taken[source] += 1
+        return plan, taken
+
+    def read(self, plan: list[tuple[int, int]], T: int):
+        """-> inputs, targets (len(plan), T)."""
+        rows = [self.sources[s].batch(position, 1, T, self.seed) for s, position in plan]
+        return torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
+
+
+def open_data(specs: tuple[str, ...]) -> tuple[list[Tokens], list[Tokens], list[float]]:
+    """FOLDER or FOLDER:WEIGHT, several -> training splits, validation splits, weights."""
+    train, val, weights = [], [], []
+    for spec in specs:
+        folder, colon, weight = spec.rpartition(":")
+        if not colon or Path(spec).exists() or "/" in weight or "\\" in weight:  # no weight, or a drive's colon
+            folder, weight = spec, "1"
+        try:
+            weights.append(float(weight))
+        except ValueError:
+            raise UserError(f"--data {spec}: {weight!r} is not a weight; write FOLDER or FOLDER:WEIGHT.") from None
+        if not weights[-1] > 0:
+            raise UserError(f"--data {spec}: a weight has to be above zero.")
+        if not Path(folder).is_dir():
+            raise UserError(f"There is no data folder {folder}: make one with `python tokenize.py prepare`.")
+        train.append(Tokens(folder, "train"))
+        val.append(Tokens(folder, "val"))
+    texts = {(t.folder / "tokenizer.json").read_bytes() for t in train if (t.folder / "tokenizer.json").exists()}
+    if len(texts) != 1:
+        raise UserError("The data folders have different tokenizers (or none): prepare them with the same --tokenizer.")
+    return train, val, weights
+
+
+def fingerprint(sources: list[Tokens]) -> list:
+    """Enough to notice that a data folder is not the one it was: sizes, files, tokenizer."""
+    return [[t.n, t.meta.get("files_sha256"), seed_of((t.folder / "tokenizer.json").read_bytes())] for t in sources]
+
+
 @torch.no_grad()
-def evaluate(model, tokens: Tokens, T: int, B: int = 16, limit: int | None = None, forward: Callable | None = None):
+def evaluate(model, tokens: Tokens, T: int, B: int = 16, limit: int | None = None, forward: Callable | None = None,
+             share: tuple[int, int] | None = None):
     """{"val_loss": nats per token, "val_bpb": bits per byte of text, "val_tokens"}; the same number in every chapter.
 
-    forward: (inputs, targets) -> loss per token, the model's own by default. Sums over all ranks.
+    forward: (inputs, targets) -> loss per token, the model's own by default. Sums over all ranks; share: which part
+    of the text is this rank's, (rank, world) where ranks that split a model read the same.
     """
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    rank, world = rank_and_world()
+    rank, world = share or rank_and_world()
     total = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
     sizes = tokens.token_bytes
     for x, y in tokens.in_order(T, B, limit, rank, world):
@@ -958,9 +1123,10 @@ def evaluate(model, tokens: Tokens, T: int, B: int = 16, limit: int | None = Non
         losses = forward(xd, yd) if forward else model(xd, yd)[0]
         real = y[y != IGNORE]
         total += torch.tensor([losses.cpu().double().sum().item(), len(real), sizes[real].sum()], dtype=torch.float64)
-    if world > 1:
+    if rank_and_world()[1] > 1:
         total = total.to(device)
         torch.distributed.all_reduce(total)
+        total /= rank_and_world()[1] / world
     model.train(was_training)
     nats, count, size = total.tolist()
     return {"val_loss": nats / count, "val_bpb": nats / math.log(2) / max(size, 1), "val_tokens": int(count)}
@@ -1037,8 +1203,10 @@ class Ranks:
     device: torch.device = torch.device("cpu")
 
 
-def setup_distributed(device: str = "auto") -> Ranks:
-    """Join the process group that torchrun's environment describes: NCCL on CUDA, else gloo."""
+def setup_distributed(device: str = "auto", timeout: float = 600) -> Ranks:
+    """Join the process group that torchrun's environment describes: NCCL for CUDA's tensors, gloo for the CPU's.
+
+    timeout: seconds after which a rank that does not answer counts as dead."""
     if "RANK" not in os.environ:
         return Ranks(device=pick_device(device))
     if device == "auto" and not torch.cuda.is_available():
@@ -1050,7 +1218,8 @@ def setup_distributed(device: str = "auto") -> Ranks:
     if picked.type == "cuda":
         picked = torch.device("cuda", local)
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo",
+                                             timeout=datetime.timedelta(seconds=timeout))  # fmt: skip
     return Ranks(rank, local, world, picked)
 
 
@@ -1062,9 +1231,9 @@ def rank_and_world() -> tuple[int, int]:
 class Optimizer:
     """One or two of torch.optim's optimizers behind one face; its state is keyed by parameter name."""
 
-    def __init__(self, model: nn.Module, parts: list[torch.optim.Optimizer]):
+    def __init__(self, named: dict[str, nn.Parameter], parts: list[torch.optim.Optimizer]):
         self.parts = parts
-        self.names = {p: n for n, p in model.named_parameters()}
+        self.names = {p: n for n, p in named.items()}
 
     def set_lr(self, lr: float) -> None:
         for group in (g for part in self.parts for g in part.param_groups):
@@ -1091,18 +1260,21 @@ class Optimizer:
 
 
 def build_optimizer(
-    model, name: str = "muon", lr: float = 1e-3, weight_decay: float = 0.1, betas=(0.9, 0.95), mup_base=None
+    model, name: str = "muon", lr: float = 1e-3, weight_decay: float = 0.1, betas=(0.9, 0.95), mup_base=None,
+    stand_ins: dict | None = None,
 ):
     """AdamW on everything; or Muon on the layers' matrices and AdamW on the rest (embedding, norms, biases).
 
     Weight decay acts on matrices only. Muon's update is scaled to the root mean square of AdamW's
     (Liu et al. 2025, 2502.16982, eq. 4), so that one learning rate serves both. mup_base: the width at which lr was
     found; the steps of this width are scaled so that it stays the best one (see init_weights).
+    stand_ins: {name: tensor to update in the parameter's place, or None where another rank does} (parallel.py).
     """
     if name not in ("adamw", "muon"):
         raise UserError(f"--optimizer is adamw or muon, not {name!r}.")
     m = model.config.n_embd / mup_base if mup_base else 1.0
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad} | (stand_ins or {})
+    named = {n: p for n, p in named.items() if p is not None}
     hidden = [p for n, p in named.items() if p.dim() == 2 and n.startswith("layers.")]
     tables = [p for n, p in named.items() if p.dim() == 2 and not n.startswith("layers.")]
     vectors = [p for n, p in named.items() if p.dim() < 2 and n != "norm.weight"]
@@ -1120,7 +1292,279 @@ def build_optimizer(
         parts.append(torch.optim.Muon([group], lr, adjust_lr_fn="match_rms_adamw"))
     fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
     parts.append(torch.optim.AdamW([g for g in adamw if g["params"]], lr, betas, eps=1e-10, fused=fused))
-    return Optimizer(model, parts)
+    return Optimizer(named, parts)
+
+
+def option(default, help: str):
+    """A field of Options: its default and what --help says of it."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Options:
+    """A run, as its checkpoint remembers it. None: derived (see `derive`), and then stored as what it became."""
+
+    data: tuple[str, ...] = option(("data/python",), "Data folder, or FOLDER:WEIGHT; several times for a mixture.")
+    out: str = option("out/python", "Checkpoint folder to write.")
+    objective: str = option("clm", "clm: the next token. mlm: masked tokens, bidirectional.")
+    preset: str = option("micro", f"Size of the model: {', '.join(PRESETS)}.")
+    n_layer: int | None = option(None, "Layers, instead of the preset's.")
+    n_head: int | None = option(None, "Attention heads.")
+    n_kv_head: int | None = option(None, "Key-value heads (a divisor of the heads).")
+    n_embd: int | None = option(None, "Width; the feed-forward width follows in proportion.")
+    seq_len: int | None = option(None, "Context in tokens.")
+    max_steps: int = option(1000, "Optimizer steps.")
+    tokens_per_step: int = option(4096, "Tokens of a step, over all ranks and micro-batches.")
+    micro_batch: int | None = option(None, "Sequences at once on a device: memory and speed only.")
+    batch_ramp: int = option(0, "Steps over which the batch grows from an eighth.")
+    optimizer: str = option("muon", "muon (matrices; AdamW on the rest) or adamw.")
+    lr: float = option(1e-2, "Peak learning rate; 2e-3 to 2e-2 with muon, 3e-4 to 3e-3 with adamw.")
+    warmup_steps: int = option(30, "Steps of linear warm-up.")
+    schedule: str = option("wsd", "wsd (stable, then a line down), cosine or constant.")
+    min_lr: float = option(0.1, "Where the schedule ends, as a fraction of --lr.")
+    weight_decay: float = option(0.1, "Of matrices only.")
+    grad_clip: float = option(1.0, "Largest norm of the gradient.")
+    dropout: float = option(0.0, "For data that is seen many times: 0.1 to 0.3.")
+    mup_base: int | None = option(None, "Width at which --lr was found: scale it to this one (muP).")
+    doc_mask: bool = option(False, "Tokens see their own document only.")
+    dtype: str = option("auto", "auto, fp32, bf16 or fp16 (with loss scaling).")
+    device: str = option("auto", "auto, cpu, cuda or mps.")
+    compile: str = option("auto", "auto (when the run is long enough to win), on or off.")
+    recompute: str = option("none", "block: keep only each block's input; none, selective.")
+    eval_interval: int = option(250, "Steps between evaluations.")
+    eval_tokens: int | None = option(100_000, "Validation tokens of each; 0: all. The last takes all.")
+    save_interval: int = option(250, "Steps between checkpoints.")
+    target_loss: float | None = option(None, "Stop at the first evaluation at or below it.")
+    patience: int | None = option(None, "Stop after so many evaluations without a better one; kept in OUT-best.")
+    noise_scale: bool = option(False, "Measure the critical batch size.")
+    seed: int = option(0, "Of the weights and the order of the data.")
+
+
+def run_command(main: Callable, leave_out: tuple[str, ...] = ()) -> Callable:
+    """`main(given, ...)` as a typer command that also has the Options (but those left out) as its options.
+
+    given: those that the user wrote, as Options takes them; what was left at its default is not in it.
+    """
+    import inspect
+    from typing import Annotated, get_type_hints
+
+    import typer
+
+    types = get_type_hints(Options)
+    fields = [f for f in dataclasses.fields(Options) if f.name not in leave_out]
+
+    def command(ctx: typer.Context, **values):
+        if ctx.invoked_subcommand:  # where this is the callback of a group of commands
+            return None
+        written = {k for k in values if ctx.get_parameter_source(k).name == "COMMANDLINE"}
+        given = {f.name: values.pop(f.name) for f in fields}
+        given = {k: tuple(v) if k == "data" else v for k, v in given.items() if k in written}
+        if given.get("eval_tokens") == 0:
+            given["eval_tokens"] = None
+        return main(given, **values)
+
+    def parameter(f):
+        kind, names = (list[str] if f.name == "data" else types[f.name]), ()
+        if kind is bool:  # a flag, without its --no-
+            names = (f"--{f.name.replace('_', '-')}",)
+        default = list(f.default) if f.name == "data" else f.default
+        note = Annotated[kind, typer.Option(*names, help=f.metadata["help"])]
+        return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=note)
+
+    own = list(inspect.signature(main, eval_str=True).parameters.values())[1:]
+    context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    command.__signature__ = inspect.Signature([context, *[parameter(f) for f in fields], *own])
+    command.__annotations__ = {name: p.annotation for name, p in command.__signature__.parameters.items()}
+    command.__doc__ = main.__doc__
+    return command
+
+
+def lr_at(step: int, max_steps: int, warmup_steps: int, schedule: str = "cosine", min_lr: float = 0.1) -> float:
+    """The fraction of the peak learning rate at a step, 0-based; it ends at min_lr, a tenth by default.
+
+    Warm-up is linear. Then cosine (Loshchilov & Hutter 2016, 1608.03983), or warm-up-stable-decay (Hu et al. 2024,
+    2404.06395): constant, and in the last 40 % a straight line down. "constant" stays.
+
+    >>> [round(lr_at(s, 100, 10), 2) for s in (0, 9, 55, 99)]
+    [0.1, 1.0, 0.55, 0.1]
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    done = (step - warmup_steps + 1) / max(1, max_steps - warmup_steps)  # in (0, 1]
+    if schedule == "cosine":
+        return min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return min_lr + (1 - min_lr) * min(1.0, max(0.0, 1 - done) / 0.4)
+
+
+def windows_at(step: int, full: int, ramp_steps: int, world: int = 1) -> int:
+    """Sequences in a step: while the batch ramps, from an eighth up to all, in whole multiples of the ranks.
+
+    >>> [windows_at(s, 64, 4) for s in range(6)]
+    [8, 22, 36, 50, 64, 64]
+    """
+    if step >= ramp_steps:
+        return full
+    return max(1, int(full * (0.125 + 0.875 * step / ramp_steps)) // world) * world
+
+
+def make_config(o: Options, tokens: Tokens) -> Config:
+    if o.preset not in PRESETS:
+        raise UserError(f"--preset is one of {', '.join(PRESETS)}; not {o.preset!r}.")
+    config = PRESETS[o.preset]
+    sizes = {k: getattr(o, k) for k in ("n_layer", "n_head", "n_kv_head", "n_embd", "seq_len")}
+    sizes = {k: v for k, v in sizes.items() if v is not None}
+    if "n_embd" in sizes:  # the other widths follow, in the preset's proportions
+        if "n_head" not in sizes:
+            sizes["n_head"] = max(1, sizes["n_embd"] // config.head_dim)
+        if sizes["n_embd"] % sizes["n_head"]:
+            raise UserError(f"A width of {sizes['n_embd']} does not divide into {sizes['n_head']} heads.")
+        sizes["head_dim"] = sizes["n_embd"] // sizes["n_head"]
+        sizes["ffn_dim"] = pad_vocab(round(sizes["n_embd"] * config.ffn_dim / config.n_embd), 32)
+    if "n_head" in sizes:
+        group = config.n_head // config.n_kv_head
+        sizes.setdefault("n_kv_head", sizes["n_head"] // group if sizes["n_head"] % group == 0 else sizes["n_head"])
+    special = load_tokenizer(tokens.folder).special
+    return config.replace(
+        vocab_size=pad_vocab(tokens.vocab_size), causal=o.objective == "clm", eos_id=tokens.eot_id,
+        pad_id=special.get("<|pad|>"), **sizes,
+    )  # fmt: skip
+
+
+def derive(o: Options, config: Config, world: int, device: torch.device) -> None:
+    """Check what a user can get wrong, and fill in what follows from the rest."""
+    named = {"objective": ("clm", "mlm"), "schedule": ("cosine", "wsd", "constant"),
+             "compile": ("auto", "on", "off"), "recompute": ("none", "block", "selective")}  # fmt: skip
+    for name, allowed in named.items():
+        if getattr(o, name) not in allowed:
+            raise UserError(f"--{name} is one of {', '.join(allowed)}; not {getattr(o, name)!r}.")
+    for name in ("max_steps", "eval_interval", "save_interval", "tokens_per_step", "lr", "grad_clip"):
+        if getattr(o, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} has to be above zero.")
+    if not 0 <= o.dropout < 1:
+        raise UserError(f"--dropout {o.dropout} is not a share of the activations: 0 up to, not with, 1.")
+    windows = o.tokens_per_step // config.seq_len
+    if windows == 0 or windows % world:
+        near = config.seq_len * world * max(1, round(windows / world))
+        raise UserError(
+            f"--tokens-per-step {o.tokens_per_step} does not divide into sequences of {config.seq_len} on {world} "
+            f"process{'es' * (world > 1)}: {near} does."
+        )
+    if o.micro_batch is None:  # a CPU is busy with 8k tokens; a GPU takes what its logits and activations allow
+        o.micro_batch = max(1, (8192 if device.type == "cpu" else 32768) // config.seq_len)
+    if o.compile == "auto":
+        # Start-up is some 40 s, and what is won per step some 10 % on CPU, a third on CUDA: it has to be a long run.
+        # Judged by operations, not by the clock, so that a resumed run decides the same.
+        flops = config.flops_per_token() * o.tokens_per_step * o.max_steps
+        o.compile = "on" if flops > {"cpu": 3e14, "cuda": 2e16}.get(device.type, math.inf) else "off"
+    o.dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[pick_dtype(o.dtype, device)]
+
+
+def resumed(folder: str, given: dict, state: dict | None = None) -> Options:
+    """The options of a run to go on with, those given now on top where that keeps the run the same run."""
+    state = state or load_state(folder)[1]
+    if state["finished"] and given.get("max_steps", 0) <= state["at"]:
+        raise UserError(f"{folder} is finished: there is nothing to resume (a larger --max-steps trains it further).")
+    free = {"max_steps", "device", "micro_batch", "save_interval", "eval_interval", "eval_tokens", "target_loss",
+            "patience", "noise_scale", "recompute"}  # fmt: skip
+    options = Options(**{**state["options"], "data": tuple(state["options"]["data"]), "out": folder})
+    for name, value in given.items():
+        if name in free:
+            setattr(options, name, value)
+        elif value != getattr(options, name):
+            raise UserError(f"--{name.replace('_', '-')} cannot change on --resume: start a run of its own (--out).")
+    return options
+
+
+def default_data(folder: str) -> None:
+    """No data folder yet: let tokenize.py make the embedded one, as a command of its own."""
+    say(f"No data in {folder}: preparing the sources of this Python (python tokenize.py prepare), once.")
+    command = [sys.executable, str(Path(__file__).with_name("tokenize.py")), "prepare", "--output", folder]
+    code = subprocess.run(command).returncode
+    if code:
+        raise UserError(f"tokenize.py prepare ended with exit code {code}; its words above say why.")
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Nothing that exists is lost: a run's folder needs --overwrite, anything else is never replaced."""
+    is_run = (out / "config.json").exists() or Path(f"{out}.old").exists()
+    if is_run and not overwrite:
+        raise UserError(f"{out} holds a run already: --resume {out} goes on with it, --overwrite begins again.")
+    if not is_run and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not a checkpoint folder: choose another --out.")
+
+
+class Stopping:
+    """Ctrl-C and SIGTERM ask the loop to save and end; a second Ctrl-C ends it at once."""
+
+    def __init__(self):
+        self.asked = False
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """metrics.jsonl for programs, a progress bar for people; lines where there is no terminal."""
+
+    def __init__(self, folder: Path, lines: list[str], steps: int, done: int, rank: int):
+        self.path, self.lines, self.rank, self.file = folder / "metrics.jsonl", lines, rank, None
+        self.shown, self.bar = time.perf_counter(), None
+        if rank == 0 and console().is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = ("step", MofNCompleteColumn(), BarColumn(24), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+            self.bar = Progress(*columns, console=console())
+            self.task = self.bar.add_task("", total=steps, completed=done, text="")
+            self.bar.start()
+        self.steps = steps
+
+    def open(self) -> None:
+        """Continue the file in the checkpoint folder (a save has just put a new folder in its place)."""
+        if self.rank == 0:
+            self.file = self.guard(lambda: open(self.path, "a", encoding="utf-8"))
+
+    def close(self) -> None:
+        file, self.file = self.file, None
+        if file:
+            self.guard(file.close)
+
+    def guard(self, write):
+        try:
+            return write()
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error.strerror}).") from None
+
+    def write(self, record: dict) -> None:
+        if self.rank == 0:
+            self.lines.append(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}))
+            self.guard(lambda: (self.file.write(self.lines[-1] + "\n"), self.file.flush()))
+
+    def show(self, step: int, text: str, left: float) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=step, text=text)
+        elif time.perf_counter() - self.shown > 10 or step == self.steps:
+            say(f"step {step}/{self.steps}  {left / 60:.1f} min left  {text}")
+            self.shown = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            (self.bar.console if self.bar else console()).print(text, highlight=False)
+
+    def stop(self) -> None:
+        self.close()
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
 
 
 def say(message: str = "", **style) -> None:

@@ -25,11 +25,7 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -40,106 +36,48 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import (
     IGNORE,
-    PRESETS,
     Config,
+    Log,
+    Mixture,
+    Options,
+    Stopping,
     Tokens,
     Transformer,
     UserError,
     build_optimizer,
+    check_out,
     console,
+    default_data,
+    derive,
     evaluate,
     find_checkpoint,
+    fingerprint,
     generate,
     load_model,
     load_state,
     load_tokenizer,
-    pad_vocab,
+    lr_at,
+    make_config,
+    open_data,
     peak_flops,
     pick_dtype,
     read_json,
+    resumed,
     run_app,
+    run_command,
     save_checkpoint,
     say,
     seed_of,
     setup_distributed,
+    windows_at,
 )  # fmt: skip
 
 # B sequences of a micro-batch, T tokens of a sequence, N tokens of a step over all ranks.
 
 
-@dataclass
-class Options:
-    """A run, as its checkpoint remembers it. None: derived (see `derive`), and then stored as what it became."""
-
-    data: tuple[str, ...] = ("data/python",)
-    out: str = "out/python"
-    objective: str = "clm"
-    preset: str = "micro"
-    n_layer: int | None = None
-    n_head: int | None = None
-    n_kv_head: int | None = None
-    n_embd: int | None = None
-    seq_len: int | None = None
-    max_steps: int = 1000
-    tokens_per_step: int = 4096
-    micro_batch: int | None = None
-    batch_ramp: int = 0
-    optimizer: str = "muon"
-    lr: float = 1e-2
-    warmup_steps: int = 30
-    schedule: str = "wsd"
-    min_lr: float = 0.1
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
-    dropout: float = 0.0
-    mup_base: int | None = None
-    doc_mask: bool = False
-    dtype: str = "auto"
-    device: str = "auto"
-    compile: str = "auto"
-    recompute: str = "none"
-    eval_interval: int = 250
-    eval_tokens: int | None = 100_000
-    save_interval: int = 250
-    target_loss: float | None = None
-    patience: int | None = None
-    noise_scale: bool = False
-    seed: int = 0
-
-
 # ------------------------------------------------------------------------------------------------------------
-# The ideas: schedule, masking, mixture, noise scale
+# The ideas: masking, noise scale (the schedule and the mixture are in model.py: parallel.py follows the same)
 # ------------------------------------------------------------------------------------------------------------
-
-
-def lr_at(step: int, max_steps: int, warmup_steps: int, schedule: str = "cosine", min_lr: float = 0.1) -> float:
-    """The fraction of the peak learning rate at a step, 0-based; it ends at min_lr, a tenth by default.
-
-    Warm-up is linear. Then cosine (Loshchilov & Hutter 2016, 1608.03983), or warm-up-stable-decay (Hu et al. 2024,
-    2404.06395): constant, and in the last 40 % a straight line down. "constant" stays.
-
-    >>> [round(lr_at(s, 100, 10), 2) for s in (0, 9, 55, 99)]
-    [0.1, 1.0, 0.55, 0.1]
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    done = (step - warmup_steps + 1) / max(1, max_steps - warmup_steps)  # in (0, 1]
-    if schedule == "cosine":
-        return min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return min_lr + (1 - min_lr) * min(1.0, max(0.0, 1 - done) / 0.4)
-
-
-def windows_at(step: int, full: int, ramp_steps: int, world: int = 1) -> int:
-    """Sequences in a step: while the batch ramps, from an eighth up to all, in whole multiples of the ranks.
-
-    >>> [windows_at(s, 64, 4) for s in range(6)]
-    [8, 22, 36, 50, 64, 64]
-    """
-    if step >= ramp_steps:
-        return full
-    return max(1, int(full * (0.125 + 0.875 * step / ramp_steps)) // world) * world
 
 
 def mask_tokens(x, mask_id: int, n_vocab: int, seeds: list):
@@ -160,32 +98,6 @@ def mask_tokens(x, mask_id: int, n_vocab: int, seeds: list):
     return inputs, targets
 
 
-class Mixture:
-    """Several sources, each in its own seeded order, drawn by weight.
-
-    `taken`, the windows of each source so far, is all that a run has to remember of its data.
-    """
-
-    def __init__(self, sources: list[Tokens], weights: list[float], seed: int):
-        self.sources, self.seed = sources, seed
-        self.share = np.array(weights) / sum(weights)
-
-    def draw(self, step: int, count: int, taken: list[int]) -> tuple[list[tuple[int, int]], list[int]]:
-        """The windows of a global batch, the same on all ranks: [(source, position in its order)], new `taken`."""
-        rng = np.random.default_rng([self.seed, step])
-        picks = rng.choice(len(self.share), count, p=self.share) if len(self.share) > 1 else np.zeros(count, int)
-        plan, taken = [], list(taken)
-        for source in picks.tolist():
-            plan.append((source, taken[source]))
-            taken[source] += 1
-        return plan, taken
-
-    def read(self, plan: list[tuple[int, int]], T: int):
-        """-> inputs, targets (len(plan), T)."""
-        rows = [self.sources[s].batch(position, 1, T, self.seed) for s, position in plan]
-        return torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
-
-
 def noise_scale(norms_small: list[float], norm_big: float) -> float:
     """The critical batch size in units of the small batch: tr(S) / |G|^2 (McCandlish et al. 2018, 1812.06162, A.1).
 
@@ -202,108 +114,8 @@ def noise_scale(norms_small: list[float], norm_big: float) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Plumbing: options, data, model
+# A step, and what is drawn of it
 # ------------------------------------------------------------------------------------------------------------
-
-
-def default_data(folder: str) -> None:
-    """No data folder yet: let tokenize.py make the embedded one, as a command of its own."""
-    say(f"No data in {folder}: preparing the sources of this Python (python tokenize.py prepare), once.")
-    command = [sys.executable, str(Path(__file__).with_name("tokenize.py")), "prepare", "--output", folder]
-    code = subprocess.run(command).returncode
-    if code:
-        raise UserError(f"tokenize.py prepare ended with exit code {code}; its words above say why.")
-
-
-def open_data(specs: tuple[str, ...]) -> tuple[list[Tokens], list[Tokens], list[float]]:
-    """FOLDER or FOLDER:WEIGHT, several -> training splits, validation splits, weights."""
-    train, val, weights = [], [], []
-    for spec in specs:
-        folder, colon, weight = spec.rpartition(":")
-        if not colon or Path(spec).exists() or "/" in weight or "\\" in weight:  # no weight, or a drive's colon
-            folder, weight = spec, "1"
-        try:
-            weights.append(float(weight))
-        except ValueError:
-            raise UserError(f"--data {spec}: {weight!r} is not a weight; write FOLDER or FOLDER:WEIGHT.") from None
-        if not weights[-1] > 0:
-            raise UserError(f"--data {spec}: a weight has to be above zero.")
-        if not Path(folder).is_dir():
-            raise UserError(f"There is no data folder {folder}: make one with `python tokenize.py prepare`.")
-        train.append(Tokens(folder, "train"))
-        val.append(Tokens(folder, "val"))
-    texts = {(t.folder / "tokenizer.json").read_bytes() for t in train if (t.folder / "tokenizer.json").exists()}
-    if len(texts) != 1:
-        raise UserError("The data folders have different tokenizers (or none): prepare them with the same --tokenizer.")
-    return train, val, weights
-
-
-def make_config(o: Options, tokens: Tokens) -> Config:
-    if o.preset not in PRESETS:
-        raise UserError(f"--preset is one of {', '.join(PRESETS)}; not {o.preset!r}.")
-    config = PRESETS[o.preset]
-    sizes = {k: getattr(o, k) for k in ("n_layer", "n_head", "n_kv_head", "n_embd", "seq_len")}
-    sizes = {k: v for k, v in sizes.items() if v is not None}
-    if "n_embd" in sizes:  # the other widths follow, in the preset's proportions
-        if "n_head" not in sizes:
-            sizes["n_head"] = max(1, sizes["n_embd"] // config.head_dim)
-        if sizes["n_embd"] % sizes["n_head"]:
-            raise UserError(f"A width of {sizes['n_embd']} does not divide into {sizes['n_head']} heads.")
-        sizes["head_dim"] = sizes["n_embd"] // sizes["n_head"]
-        sizes["ffn_dim"] = pad_vocab(round(sizes["n_embd"] * config.ffn_dim / config.n_embd), 32)
-    if "n_head" in sizes:
-        group = config.n_head // config.n_kv_head
-        sizes.setdefault("n_kv_head", sizes["n_head"] // group if sizes["n_head"] % group == 0 else sizes["n_head"])
-    special = load_tokenizer(tokens.folder).special
-    return config.replace(
-        vocab_size=pad_vocab(tokens.vocab_size), causal=o.objective == "clm", eos_id=tokens.eot_id,
-        pad_id=special.get("<|pad|>"), **sizes,
-    )  # fmt: skip
-
-
-def derive(o: Options, config: Config, world: int, device: torch.device) -> None:
-    """Check what a user can get wrong, and fill in what follows from the rest."""
-    named = {"objective": ("clm", "mlm"), "schedule": ("cosine", "wsd", "constant"),
-             "compile": ("auto", "on", "off"), "recompute": ("none", "block", "selective")}  # fmt: skip
-    for name, allowed in named.items():
-        if getattr(o, name) not in allowed:
-            raise UserError(f"--{name} is one of {', '.join(allowed)}; not {getattr(o, name)!r}.")
-    for name in ("max_steps", "eval_interval", "save_interval", "tokens_per_step", "lr", "grad_clip"):
-        if getattr(o, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} has to be above zero.")
-    if not 0 <= o.dropout < 1:
-        raise UserError(f"--dropout {o.dropout} is not a share of the activations: 0 up to, not with, 1.")
-    windows = o.tokens_per_step // config.seq_len
-    if windows == 0 or windows % world:
-        near = config.seq_len * world * max(1, round(windows / world))
-        raise UserError(
-            f"--tokens-per-step {o.tokens_per_step} does not divide into sequences of {config.seq_len} on {world} "
-            f"process{'es' * (world > 1)}: {near} does."
-        )
-    if o.micro_batch is None:  # a CPU is busy with 8k tokens; a GPU takes what its logits and activations allow
-        o.micro_batch = max(1, (8192 if device.type == "cpu" else 32768) // config.seq_len)
-    if o.compile == "auto":
-        # Start-up is some 40 s, and what is won per step some 10 % on CPU, a third on CUDA: it has to be a long run.
-        # Judged by operations, not by the clock, so that a resumed run decides the same.
-        flops = config.flops_per_token() * o.tokens_per_step * o.max_steps
-        o.compile = "on" if flops > {"cpu": 3e14, "cuda": 2e16}.get(device.type, math.inf) else "off"
-    o.dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[pick_dtype(o.dtype, device)]
-
-
-def resumed(folder: str, given: dict) -> Options:
-    """The options of a run to go on with, those given now on top where that keeps the run the same run."""
-    state = load_state(folder)[1]
-    if state["finished"] and given.get("max_steps", 0) <= state["at"]:
-        raise UserError(f"{folder} is finished: there is nothing to resume (a larger --max-steps trains it further).")
-    free = {"max_steps", "device", "micro_batch", "save_interval", "eval_interval", "eval_tokens", "target_loss",
-            "patience", "noise_scale", "recompute"}  # fmt: skip
-    options = Options(**{**state["options"], "data": tuple(state["options"]["data"]), "out": folder})
-    for name, value in given.items():
-        if name in free:
-            setattr(options, name, value)
-        elif value != getattr(options, name):
-            raise UserError(f"--{name.replace('_', '-')} cannot change on --resume: start a run of its own (--out).")
-    return options
 
 
 class Step:
@@ -409,60 +221,6 @@ class Step:
         return noise_scale(small, big) * x.numel() / k
 
 
-class Log:
-    """metrics.jsonl for programs, a progress bar for people; lines where there is no terminal."""
-
-    def __init__(self, folder: Path, lines: list[str], steps: int, done: int, rank: int):
-        self.path, self.lines, self.rank, self.file = folder / "metrics.jsonl", lines, rank, None
-        self.shown, self.bar = time.perf_counter(), None
-        if rank == 0 and console().is_terminal:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = ("step", MofNCompleteColumn(), BarColumn(24), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
-            self.bar = Progress(*columns, console=console())
-            self.task = self.bar.add_task("", total=steps, completed=done, text="")
-            self.bar.start()
-        self.steps = steps
-
-    def open(self) -> None:
-        """Continue the file in the checkpoint folder (a save has just put a new folder in its place)."""
-        if self.rank == 0:
-            self.file = self.guard(lambda: open(self.path, "a", encoding="utf-8"))
-
-    def close(self) -> None:
-        file, self.file = self.file, None
-        if file:
-            self.guard(file.close)
-
-    def guard(self, write):
-        try:
-            return write()
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written ({error.strerror}).") from None
-
-    def write(self, record: dict) -> None:
-        if self.rank == 0:
-            self.lines.append(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}))
-            self.guard(lambda: (self.file.write(self.lines[-1] + "\n"), self.file.flush()))
-
-    def show(self, step: int, text: str, left: float) -> None:
-        if self.bar:
-            self.bar.update(self.task, completed=step, text=text)
-        elif time.perf_counter() - self.shown > 10 or step == self.steps:
-            say(f"step {step}/{self.steps}  {left / 60:.1f} min left  {text}")
-            self.shown = time.perf_counter()
-
-    def say(self, text: str) -> None:
-        if self.rank == 0:
-            (self.bar.console if self.bar else console()).print(text, highlight=False)
-
-    def stop(self) -> None:
-        self.close()
-        if self.bar:
-            self.bar.stop()
-            self.bar = None
-
-
 def curve(records: list[dict], width: int = 72, height: int = 12) -> str:
     """The loss over the steps as a picture of characters; `o` marks the validation losses."""
     train = [(r["step"], r["loss"]) for r in records if "loss" in r and math.isfinite(r["loss"])]
@@ -549,28 +307,6 @@ def evaluate_masked(o: Options, step: Step, tokens: Tokens, B: int, limit: int |
     model.train()
     nats, right, count = total.tolist()
     return {"val_loss": nats / count, "val_acc": right / count, "val_tokens": int(count)}
-
-
-def fingerprint(sources: list[Tokens]) -> list:
-    """Enough to notice that a data folder is not the one it was: sizes, files, tokenizer."""
-    return [[t.n, t.meta.get("files_sha256"), seed_of((t.folder / "tokenizer.json").read_bytes())] for t in sources]
-
-
-class Stopping:
-    """Ctrl-C and SIGTERM ask the loop to save and end; a second Ctrl-C ends it at once."""
-
-    def __init__(self):
-        self.asked = False
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(self, number, frame):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def compile_or_not(model: Transformer, o: Options) -> None:
@@ -761,15 +497,6 @@ def run(o: Options, *, resume: str | None = None, overwrite: bool = False) -> di
     return this.result
 
 
-def check_out(out: Path, overwrite: bool) -> None:
-    """Nothing that exists is lost: a run's folder needs --overwrite, anything else is never replaced."""
-    is_run = (out / "config.json").exists() or Path(f"{out}.old").exists()
-    if is_run and not overwrite:
-        raise UserError(f"{out} holds a run already: --resume {out} goes on with it, --overwrite begins again.")
-    if not is_run and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not a checkpoint folder: choose another --out.")
-
-
 def describe(o: Options, config: Config, train: list[Tokens], ranks) -> None:
     arch = config.to_hf()["architectures"][0]
     kind = f"saved as {arch}" if config.causal else 'saved as model_type "octavo": no stock class is bidirectional'
@@ -822,53 +549,15 @@ def report(this: Run) -> None:
 
 
 def main(
-    ctx: typer.Context,
-    data: Annotated[list[str], typer.Option(help="Data folder, or FOLDER:WEIGHT; several times for a mixture.")] = ["data/python"],  # noqa: B006
-    out: Annotated[str, typer.Option(help="Checkpoint folder to write.")] = Options.out,
+    given: dict,
     resume: Annotated[str | None, typer.Option(help="Go on with the run in this checkpoint folder, exactly.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin again where --out holds a run.")] = False,
-    objective: Annotated[str, typer.Option(help="clm: the next token. mlm: masked tokens, bidirectional.")] = Options.objective,
-    preset: Annotated[str, typer.Option(help=f"Size of the model: {', '.join(PRESETS)}.")] = Options.preset,
-    n_layer: Annotated[int | None, typer.Option(help="Layers, instead of the preset's.")] = None,
-    n_head: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
-    n_kv_head: Annotated[int | None, typer.Option(help="Key-value heads (a divisor of the heads).")] = None,
-    n_embd: Annotated[int | None, typer.Option(help="Width; the feed-forward width follows in proportion.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
-    max_steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Options.max_steps,
-    tokens_per_step: Annotated[int, typer.Option(help="Tokens of a step, over all ranks and micro-batches.")] = Options.tokens_per_step,
-    micro_batch: Annotated[int | None, typer.Option(help="Sequences at once on a device: memory and speed only.")] = None,
-    batch_ramp: Annotated[int, typer.Option(help="Steps over which the batch grows from an eighth.")] = Options.batch_ramp,
-    optimizer: Annotated[str, typer.Option(help="muon (matrices; AdamW on the rest) or adamw.")] = Options.optimizer,
-    lr: Annotated[float, typer.Option(help="Peak learning rate; 2e-3 to 2e-2 with muon, 3e-4 to 3e-3 with adamw.")] = Options.lr,
-    warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = Options.warmup_steps,
-    schedule: Annotated[str, typer.Option(help="wsd (stable, then a line down), cosine or constant.")] = Options.schedule,
-    min_lr: Annotated[float, typer.Option(help="Where the schedule ends, as a fraction of --lr.")] = Options.min_lr,
-    weight_decay: Annotated[float, typer.Option(help="Of matrices only.")] = Options.weight_decay,
-    grad_clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = Options.grad_clip,
-    dropout: Annotated[float, typer.Option(help="For data that is seen many times: 0.1 to 0.3.")] = Options.dropout,
-    mup_base: Annotated[int | None, typer.Option(help="Width at which --lr was found: scale it to this one (muP).")] = None,
-    doc_mask: Annotated[bool, typer.Option("--doc-mask", help="Tokens see their own document only.")] = Options.doc_mask,
-    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16 (with loss scaling).")] = Options.dtype,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = Options.device,
-    compile: Annotated[str, typer.Option(help="auto (when the run is long enough to win), on or off.")] = Options.compile,
-    recompute: Annotated[str, typer.Option(help="block: keep only each block's input; none, selective.")] = Options.recompute,
-    eval_interval: Annotated[int, typer.Option(help="Steps between evaluations.")] = Options.eval_interval,
-    eval_tokens: Annotated[int | None, typer.Option(help="Validation tokens of each; 0: all. The last takes all.")] = Options.eval_tokens,
-    save_interval: Annotated[int, typer.Option(help="Steps between checkpoints.")] = Options.save_interval,
-    target_loss: Annotated[float | None, typer.Option(help="Stop at the first evaluation at or below it.")] = None,
-    patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without a better one; kept in OUT-best.")] = None,
-    noise_scale: Annotated[bool, typer.Option("--noise-scale", help="Measure the critical batch size.")] = Options.noise_scale,
-    seed: Annotated[int, typer.Option(help="Of the weights and the order of the data.")] = Options.seed,
-) -> None:  # fmt: skip
+) -> None:
     """Train a model on a data folder; without options, a small one on the sources of the installed Python."""
-    given = {k: v for k, v in ctx.params.items() if ctx.get_parameter_source(k).name == "COMMANDLINE"}
-    given = {k: tuple(v) if k == "data" else v for k, v in given.items() if k not in ("resume", "overwrite")}
-    if given.get("eval_tokens") == 0:
-        given["eval_tokens"] = None
     run(resumed(resume, given) if resume else Options(**given), resume=resume, overwrite=overwrite)
 
 
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False)
-    app.command()(main)
+    app.command()(run_command(main))
     run_app(app)
