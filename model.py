@@ -208,11 +208,9 @@ def training_bytes(config: Config, B: int, T: int, *, dp=1, tp=1, zero=0, replic
     block = c.block_params / tp
     n = L * block + c.n_embd + c.vocab_size * c.n_embd * (1 if c.tie else 2) / tp
     parameters, gradients, optimizer = zero_bytes(n, shards, zero)
-    gathered = 0.0
+    gathered = e * n if e < 4 or dp > 1 and tp > 1 else 0.0  # (what DDP cannot do is fully_shard's, on an axis of one)
     if zero >= 2 and shards > 1:
         parameters, gathered = 4 * n / shards, e * (n if zero == 2 else n - max(0, L - 2) * block)
-    elif e < 4:
-        gathered = e * n
     q, kv, I = c.n_head * c.head_dim / tp, c.n_kv_head * c.head_dim / tp, c.ffn_dim / tp
     layer = 4 * c.n_embd + 3 * q + 3 * kv + 4 * I + (q + kv if c.qk_norm else 0)  # both norms' inputs and outputs; q, k, v, y
     logits = min(B * T * c.vocab_size / tp, KEEP_LOGITS)
@@ -226,14 +224,20 @@ def communication(config: Config, N: int, *, dp=1, tp=1, zero=0, replicate=1, se
 
     Tensor parallelism: two all-reduces of the activations (N, C) a block, forward and backward (1909.08053, 3); with
     the sequence split (2205.05198, figure 5) each is an all-gather and a reduce-scatter. Data parallelism: the gradients once;
-    ZeRO-3 also the weights, forward and backward (1910.02054, 7). Sums of a few numbers (the loss, norms) are left out."""
+    ZeRO-3 also the weights, forward and backward (1910.02054, 7). The small ones too: a loss over a split vocabulary sums
+    three numbers a token, and norms that see a part of the heads or the sequence have terms of a gradient."""
     c, L, rows = config, config.n_layer, []
-    block, n = c.block_params / tp, 0.0
-    n = L * block + c.n_embd + c.vocab_size * c.n_embd * (1 if c.tie else 2) / tp
+    n = L * c.block_params / tp + c.n_embd + c.vocab_size * c.n_embd * (1 if c.tie else 2) / tp
     NC = N * c.n_embd
     again = L if recompute != "none" else 0  # a block that is computed again sends again what its first half sent
     if tp > 1:
-        chunks = -(-N // max(64, CHUNK_LOGITS // c.vocab_size))
+        chunks = -(-N // max(64, CHUNK_LOGITS // c.vocab_size))  # of a CPU; see token_losses
+        rows += [("forward", "all_reduce", "tensor", 3 * chunks, 3 * 4 * N)]
+        norms = 2 * L * c.qk_norm, 2 * L * c.qk_norm * c.head_dim
+        if sequence:
+            norms = norms[0] + 2 * L + 1, norms[1] + (2 * L + 1) * c.n_embd
+        if norms[0]:  # fully_shard sends each by itself
+            rows += [("backward", "all_reduce", "tensor", norms[0] if dp > 1 else 1, 4 * norms[1])]
         if sequence:
             rows += [("forward", "all_gather", "tensor", 2 * L + 1, (2 * L + 1) * e * NC),
                      ("forward", "reduce_scatter", "tensor", 2 * L + 1, (2 * L * e + 4) * NC),
@@ -248,7 +252,7 @@ def communication(config: Config, N: int, *, dp=1, tp=1, zero=0, replicate=1, se
         if shards > 1:
             rows += [("forward", "all_gather", "shard", L + 1, e * n)]
             if zero == 3:
-                rows += [("backward", "all_gather", "shard", L, e * L * block)]
+                rows += [("backward", "all_gather", "shard", L + 1, e * n)]
             rows += [("backward", "reduce_scatter", "shard", L + 1, 4 * n)]
         if dp > shards:
             count = L + 1 if zero >= 2 or tp > 1 else -(-int(4 * n) // 2**25)
@@ -1218,8 +1222,14 @@ def setup_distributed(device: str = "auto", timeout: float = 600) -> Ranks:
     if picked.type == "cuda":
         picked = torch.device("cuda", local)
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo",
-                                             timeout=datetime.timedelta(seconds=timeout))  # fmt: skip
+        options = {"timeout": datetime.timedelta(seconds=timeout)}
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if attempt != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's store still has the addresses of the processes before the restart: look elsewhere in it
+            dist = torch.distributed
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, False)
+            options |= {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank, "world_size": world}
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo", **options)
     return Ranks(rank, local, world, picked)
 
 
@@ -1532,6 +1542,9 @@ class Log:
         """Continue the file in the checkpoint folder (a save has just put a new folder in its place)."""
         if self.rank == 0:
             self.file = self.guard(lambda: open(self.path, "a", encoding="utf-8"))
+
+    def text(self) -> str:
+        return "".join(line + "\n" for line in self.lines)
 
     def close(self) -> None:
         file, self.file = self.file, None

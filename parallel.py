@@ -548,7 +548,7 @@ class Counter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.counts, self.phase = {}, "forward"
+        self.counts, self.phase = {}, "step"
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(t is DTensor for t in types):
@@ -578,16 +578,16 @@ class Saver:
     other layout finds its own shares. It talks over a group of its own: its thread must not cut in on the training's.
     """
 
-    def __init__(self, out: Path, model, optimizer, tokenizer: Path):
-        self.out, self.model, self.optimizer, self.tokenizer = out, model, optimizer, tokenizer
+    def __init__(self, out: Path, model, optimizer, tokenizer: Path, log: Log):
+        self.out, self.model, self.optimizer, self.tokenizer, self.log = out, model, optimizer, tokenizer, log
         self.group, self.pending = dist.new_group(backend="gloo"), None
 
-    def begin(self, state: dict, metrics: str) -> None:
+    def begin(self, state: dict) -> None:
         self.finish()
         new = Path(f"{self.out}.new")
         if dist.get_rank() == 0:
             self.guard(lambda: (shutil.rmtree(new, ignore_errors=True), (new / "state" / "shards").mkdir(parents=True),
-                                write_folder(new, self.model.config, self.tokenizer, metrics),
+                                write_folder(new, self.model.config, self.tokenizer),
                                 write_text(new / "state" / "state.json", json.dumps(state, indent=1) + "\n")))  # fmt: skip
         dist.barrier()
         tensors = {hf_name(n): p for n, p in named_weights(self.model).items()} | self.optimizer.tensors()
@@ -601,33 +601,43 @@ class Saver:
         except OSError as error:
             raise UserError(f"The checkpoint could not be written to {self.out}.new ({error}).") from None
 
+    def poll(self) -> None:
+        if self.pending is not None and self.pending.done():
+            self.finish()
+
     def finish(self) -> None:
         """Wait for the shards on their way, if any, and put the folder in its place."""
         pending, self.pending = self.pending, None
         if pending is None:
             return
         try:
-            pending.result()
+            pending.result()  # on rank 0 this means: of all ranks
         except Exception as error:  # whatever the writer's thread ran into
             raise UserError(f"The checkpoint could not be written to {self.out}.new ({error}).") from None
-        dist.barrier()
         if dist.get_rank() == 0:
-            old, new = Path(f"{self.out}.old"), Path(f"{self.out}.new")
-            if self.out.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(self.out, old)
-            os.replace(new, self.out)
-            shutil.rmtree(old, ignore_errors=True)
-        dist.barrier()
+            self.log.close()
+            self.guard(self.swap)
+            self.log.open()
 
-    def whole(self, state: dict, metrics: str) -> None:
+    def swap(self) -> None:
+        old, new = Path(f"{self.out}.old"), Path(f"{self.out}.new")
+        write_text(new / "metrics.jsonl", self.log.text())  # with what was logged since
+        if self.out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(self.out, old)
+        os.replace(new, self.out)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def whole(self, state: dict) -> None:
         """The Hugging Face folder with train.py's state: tensors are joined one after another, on rank 0's host."""
         self.finish()
+        self.log.close()
         keep = dist.get_rank() == 0
         weights = joined(named_weights(self.model), keep)
         optimizer = joined(self.optimizer.tensors(), keep)
         if keep:
-            save_checkpoint(self.out, self.model, self.tokenizer, state=(optimizer, state), metrics=metrics, weights=weights)
+            save_checkpoint(self.out, self.model, self.tokenizer, state=(optimizer, state), metrics=self.log.text(),
+                            weights=weights)  # fmt: skip
         dist.barrier()
 
 
@@ -707,7 +717,7 @@ class Run:
             lines = [line for line in lines if json.loads(line)["step"] <= self.at]
         self.out = Path(o.out)
         self.log = Log(self.out, lines, o.max_steps, self.at, ranks.rank)
-        self.saver = Saver(self.out, self.model, self.optimizer, self.train_data[0].folder / "tokenizer.json")
+        self.saver = Saver(self.out, self.model, self.optimizer, self.train_data[0].folder / "tokenizer.json", self.log)
 
     @property
     def at(self) -> int:
@@ -746,6 +756,8 @@ class Run:
         total = torch.zeros((), device=self.ranks.device)
         for i, (x, y, docs) in enumerate(batches):
             split_vocabulary = loss_parallel() if self.layout.tp > 1 else contextlib.nullcontext()
+            if counter:
+                counter.phase = "forward"
             with self.synchronize(i == len(batches) - 1), split_vocabulary:
                 losses, aux = self.forward(x, y, doc_ids=docs)
                 losses = full(losses)  # (B, T)
@@ -753,8 +765,6 @@ class Run:
                 if counter:
                     counter.phase = "backward"
                 (loss * (self.state["scale"] * dp)).backward()  # DDP and fully_shard divide by dp: undo that
-                if counter:
-                    counter.phase = "forward"
             total += losses.detach().sum()
         settle(self.params)
         return total, tokens
@@ -786,13 +796,11 @@ class Run:
         return {"loss": loss, "grad_norm": norm, "tokens": int(tokens), "stop": asked > 0}
 
     def save(self, finished: bool = False) -> None:
-        self.log.close()
         state = {**self.state, "finished": finished, "options": dataclasses.asdict(self.o), "layout": str(self.layout)}
-        metrics = "".join(line + "\n" for line in self.log.lines)
         if finished:
-            self.saver.whole(state, metrics)
+            self.saver.whole(state)
         else:
-            self.saver.begin(state, metrics)
+            self.saver.begin(state)
 
     def evaluate(self, limit: int | None) -> None:
         begin = time.perf_counter()
@@ -823,6 +831,7 @@ class Run:
                 begin = time.perf_counter()
                 lr = o.lr * lr_at(self.at, o.max_steps, o.warmup_steps, o.schedule, o.min_lr)
                 stats = self.step(lr, stopping.asked)
+                self.saver.poll()
                 seconds = time.perf_counter() - begin
                 rate = seconds if rate is None or self.at < 5 else 0.9 * rate + 0.1 * seconds
                 speed = stats["tokens"] / seconds
@@ -858,9 +867,12 @@ class Run:
         """One step under the counter, without an update at its end: what was sent, and what stands in memory when."""
         state = self.optimizer.tensors()
         batches, _ = self.batches()
-        sizes = {}
-        hook = self.model.layers[str(self.config.n_layer - 1)].register_forward_hook(
-            lambda *_: sizes.setdefault("parameters", stored(self.model)))  # fmt: skip
+        sizes = {"parameters": stored(self.model)}
+
+        def look(*_):  # in the last block
+            sizes["gathered"] = stored(self.model) - sizes["parameters"]
+
+        hook = self.model.layers[str(self.config.n_layer - 1)].mlp.register_forward_pre_hook(look)
         with Counter() as counter:
             total, tokens = self.backward(batches, counter)
         hook.remove()
@@ -933,7 +945,8 @@ def run(o: Options, dp: int | None, layout: Layout, *, resume=None, overwrite=Fa
     if not resume:
         this.save()
         this.saver.finish()
-    this.log.open()
+    else:
+        this.log.open()
     try:
         this.loop()
     except RuntimeError as error:
@@ -965,10 +978,12 @@ def show_count(result: dict, this: Run) -> None:
     for phase, name, _, count, size in rows:
         had = expected.get((phase, name), (0, 0))
         expected[phase, name] = (had[0] + (count or 0), had[1] + size)
-    for key in sorted(set(result["sent"]) | {k for k in expected if k[0] != "step"}, key=lambda k: (k[0] != "forward", k)):
+    keys = {k for k in (*result["sent"], *expected) if k[0] != "step"}
+    for key in sorted(keys, key=lambda k: (k[0] != "forward", k)):
         count, size = result["sent"].get(key, (0, 0))
         want = expected.get(key, (0, 0))
         table.add_row(*key, str(count), f"{size / 1e6:.3f}", str(want[0]), f"{want[1] / 1e6:.3f}")
+    result["formula"] = expected
     plan = training_bytes(c, o.micro_batch, c.seq_len, e=e, recompute=o.recompute,
                           **{k: getattr(layout, k) for k in ("dp", "tp", "zero", "replicate")})  # fmt: skip
     sizes = Table("on rank 0", "measured MB", "planned MB", title_justify="left")

@@ -373,7 +373,7 @@ class Run:
                      "data": fingerprint(self.train_data), "options": dataclasses.asdict(self.o)}  # fmt: skip
             save_checkpoint(self.out, self.model, self.train_data[0].folder / "tokenizer.json",
                             state=(self.optimizer.state_dict(), state),
-                            metrics="".join(line + "\n" for line in self.log.lines))  # fmt: skip
+                            metrics=self.log.text())  # fmt: skip
         if self.ranks.world > 1:
             torch.distributed.barrier()
         if not finished:
