@@ -24,6 +24,8 @@ def tiny(words):
     """The command as the README has it, at a size that takes seconds."""
     script = next((w for w in words if w.endswith(".py")), "")
     options = dict(TINY) if script == "train.py" and "--resume" not in words else {}
+    if script == "parallel.py" and "plan" not in words:
+        options = {**TINY, "--n-head": "2"}
     if script == "sample.py":
         options = {"--max-new-tokens": "8"}
     if script == "tokenize.py" and words[words.index(script) + 1 :] == ["prepare"]:
@@ -76,7 +78,7 @@ def test_command(home, line):
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
     assert words[0] in ("python", sys.executable), f"{line}: only Python commands are shown"
     out = words[words.index("--out") + 1] if "--out" in words else "out/python"
-    if "train.py" in words and "--resume" not in words:
+    if {"train.py", "parallel.py"} & set(words) and "--resume" not in words:
         shutil.rmtree(home / out, ignore_errors=True)
     words[0] = sys.executable
     done = subprocess.run(words, cwd=home, capture_output=True, text=True, timeout=300, input="")
