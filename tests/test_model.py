@@ -93,8 +93,9 @@ def test_config_that_no_class_expresses_is_octavo(config):
 
 
 def test_presets_are_stock_classes():
-    for preset in PRESETS.values():
-        assert preset.to_hf()["architectures"] == ["Qwen3ForCausalLM"]
+    for name, preset in PRESETS.items():
+        published = "LlamaForCausalLM" if name.startswith("llama") else "Qwen3ForCausalLM"
+        assert preset.to_hf()["architectures"] == [published]
 
 
 @pytest.mark.parametrize(
