@@ -320,11 +320,11 @@ PRESETS = {
     "1b": Config(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, head_dim=64, ffn_dim=8192, seq_len=4096,
                  rope_theta=500_000.0),
     "llama-2-7b": Config(vocab_size=32_000, n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, head_dim=128,
-                         ffn_dim=11_008, seq_len=4096, qk_norm=False, tie=False),
+                         ffn_dim=11_008, seq_len=4096, norm_eps=1e-5, qk_norm=False, tie=False),
     "llama-2-70b": Config(vocab_size=32_000, n_layer=80, n_head=64, n_kv_head=8, n_embd=8192, head_dim=128,
-                          ffn_dim=28_672, seq_len=4096, qk_norm=False, tie=False),
+                          ffn_dim=28_672, seq_len=4096, norm_eps=1e-5, qk_norm=False, tie=False),
     "llama-3-8b": Config(vocab_size=128_256, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, head_dim=128,
-                         ffn_dim=14_336, seq_len=8192, qk_norm=False, tie=False, rope_theta=500_000.0),
+                         ffn_dim=14_336, seq_len=8192, norm_eps=1e-5, qk_norm=False, tie=False, rope_theta=500_000.0),
 }  # fmt: skip
 
 
