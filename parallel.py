@@ -348,8 +348,8 @@ def parallelize(config: Config, o: Options, layout: Layout, mesh, device: torch.
     """-> (model with this rank's shares, the module to call). Nothing is ever whole on one rank.
 
     The order: (1) tensor parallelism first, since it decides what a rank's matrices are; (2) recomputation inside of
-    the rest, so that a block that is computed again also sends again what it sent; (3) compile one block at a time,
-    collectives of tensor parallelism included; (4) data parallelism last, around the blocks: its gathers and hooks stay
+    the rest, so that a block that is computed again also sends again what it sent; (3) compile one block at a time
+    (`run` leaves this out where matrices are split); (4) data parallelism last, around the blocks: its gathers and hooks stay
     out of the compiled code and can run ahead of it. Built on "meta" and filled when sharded.
     """
     with torch.device("meta"):
@@ -933,6 +933,9 @@ def run(o: Options, dp: int | None, layout: Layout, *, resume=None, overwrite=Fa
     layout = dataclasses.replace(layout, dp=dp or max(1, ranks.world // layout.tp))
     check_layout(layout, ranks.world, config)
     derive(o, config, layout.dp, ranks.device)
+    if layout.tp > 1 and o.compile == "on":  # DTensor's redistribution has no compiled backward pass in 2.13
+        say("torch.compile does not go with tensor parallelism here; going on without it.")
+        o.compile = "off"
     say(f"{config.n_params() / 1e6:.1f}M parameters on {ranks.world} processes ({layout}), {o.optimizer}, {o.dtype} on "
         f"{ranks.device.type}; {o.max_steps} steps of {o.tokens_per_step:,} tokens")  # fmt: skip
 
