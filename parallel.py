@@ -273,7 +273,7 @@ class Layout:
     def __str__(self):
         parts = [f"dp {self.dp}"] + [f"replicate {self.replicate}"] * (self.replicate > 1)
         parts += [f"tp {self.tp}"] * (self.tp > 1) + ["sequence"] * self.sequence
-        return " x ".join(parts[:-1] + [parts[-1]]) + (f", ZeRO-{self.zero}" if self.zero else "")
+        return " x ".join(parts) + (f", ZeRO-{self.zero}" if self.zero else "")
 
 
 def check_layout(layout: Layout, world: int, config: Config) -> None:
@@ -663,7 +663,8 @@ def joined(tensors: dict, keep: bool) -> dict:
 def find_run(folder: str | Path) -> Path:
     """A checkpoint with whole tensors or with shards, or its `.old`."""
     for path in (Path(folder), Path(f"{folder}.old")):
-        if (path / "config.json").is_file() and (path / "state" / "shards").is_dir():
+        whole = any(path.glob("model*.safetensors"))  # an `.old` that a kill left behind must not win over it
+        if (path / "config.json").is_file() and (whole or (path / "state" / "shards").is_dir()):
             return path
     return find_checkpoint(folder)
 
@@ -913,6 +914,8 @@ def join_processes(device: str, timeout: float) -> Ranks:
 def run(o: Options, dp: int | None, layout: Layout, *, resume=None, overwrite=False, count=False, timeout=600.0) -> dict:
     """Train, evaluate, save. -> the last evaluation; with count, what `Run.count` measures."""
     # 1. Where, and with what
+    if o.objective != "clm":
+        raise UserError(f"{o.out} is a masked model: go on with `python train.py --resume {o.out}`, alone or under torchrun.")
     ranks, out = join_processes(o.device, timeout), Path(o.out)
     if not resume and not count:
         check_out(out, overwrite)
@@ -1014,7 +1017,8 @@ def main(
     """Train on many processes (started by torchrun), as train.py does on one: same data, same loss, same folders."""
     if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # a rank died: go on from the last save
         with contextlib.suppress(UserError):
-            resume = str(find_run(given.get("out", Options.out)) and given.get("out", Options.out))
+            find_run(given.get("out", Options.out))
+            resume = given.get("out", Options.out)
     layout = Layout(dp or 1, tp, zero, replicate, sequence_parallel, offload)
     o = resumed_run(resume, given) if resume else Options(**given)
     if offload and (zero < 2 or not torch.cuda.is_available()):

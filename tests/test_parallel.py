@@ -170,6 +170,16 @@ def test_refused_by_one_rank_in_one_sentence(data, tmp_path):
     assert "the nearest that can is --dp 2 --tp 1" in err and "Traceback (most recent call last):\n  File \"" + str(ROOT) not in err
 
 
+def test_masked_models_are_train_pys_and_an_old_folder_does_not_win(tmp_path):
+    with pytest.raises(UserError, match="is a masked model"):
+        parallel.run(parallel.Options(objective="mlm", out="out/masked"), None, Layout())
+    for name, inside in (("run", "model.safetensors"), ("run.old", "state/shards/x")):
+        (tmp_path / name / inside).parent.mkdir(parents=True)
+        (tmp_path / name / inside).touch()
+        (tmp_path / name / "config.json").touch()
+    assert parallel.find_run(tmp_path / "run") == tmp_path / "run"
+
+
 def test_chapters_table():
     """4 + 4 + 8 bytes a parameter: 175B are 700, 700 and 1400 GB; on 64 ranks ZeRO-1's optimizer is 21.9, ZeRO-3 43.75 in all."""
     assert zero_bytes(175e9, 1, 0) == (700e9, 700e9, 1400e9)
