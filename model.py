@@ -4,9 +4,9 @@ Part I   the decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU; one mask, 
 Part II  the folder: a checkpoint *is* a Hugging Face folder; a data folder is a flat file of token ids.
 Part III the run: devices, optimizers, evaluation, and errors that are one sentence.
 
-The other scripts import this file and none of the others (tokenize.py stands without it: it needs no torch). One
-door opens from here, and only when asked: `load_tokenizer` reads tokenize.py by its path. Left out: training loops
-(train.py), sampling (sample.py).
+The other scripts import this file and none of the others (tokenize.py stands without it: it needs no torch). Two
+doors open from here, and only when asked: `load_tokenizer` reads tokenize.py by its path, and a layer with experts
+takes them from moe.py. Left out: training loops (train.py), sampling (sample.py).
 
     python -c "from model import *; m = Transformer(PRESETS['nano'].replace(vocab_size=256)); print(m)"
 
@@ -42,7 +42,7 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 # B batch, T query length, S key length, C n_embd, V vocabulary, H heads, K KV heads, D head_dim, I ffn_dim,
-# N = B*T tokens, L layers, W ranks.
+# N = B*T tokens, L layers, W ranks, E experts.
 
 IGNORE = -100  # a target that is not trained on, as in torch.nn.functional.cross_entropy
 
@@ -54,6 +54,35 @@ class UserError(Exception):
 # ------------------------------------------------------------------------------------------------------------
 # Part I: the decoder
 # ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Experts in the place of a layer's feed-forward network, and how a token's are chosen: see moe.py."""
+
+    n_expert: int = 8
+    n_active: int = 2  # experts that a token goes to
+    ffn_dim: int = 512  # width of one
+    n_shared: int = 0  # experts that every token goes to, as one network n_shared times as wide
+    dense: tuple[int, ...] = ()  # layers that keep a network without experts
+    score: str = "softmax"  # over all experts, or "sigmoid" of each
+    normalize: bool = True  # the weights of the chosen add up to one (for softmax: it is taken over the chosen)
+    scale: float = 1.0  # of the experts' sum, beside the shared ones
+    bias: bool = False  # added to the scores for the choice only: DeepSeek-V3's balance without a loss
+    n_group: int = 1  # experts in groups, of which a token's best `topk_group` are open to it
+    topk_group: int = 1
+
+    def __post_init__(self):
+        for name in ("n_expert", "n_active", "ffn_dim", "n_group", "topk_group"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise UserError(f"{name} of the experts is {getattr(self, name)!r}; it has to be a positive whole number.")
+        if self.n_expert % self.n_group or self.topk_group > self.n_group:
+            raise UserError(f"{self.n_expert} experts do not go into {self.n_group} groups with {self.topk_group} of them open.")
+        if self.n_active > self.n_expert // self.n_group * self.topk_group:
+            raise UserError(f"A token cannot go to {self.n_active} experts: {self.n_expert // self.n_group * self.topk_group} "
+                            "are open to it.")  # fmt: skip
+        if self.score not in ("softmax", "sigmoid"):
+            raise UserError(f"A router scores by softmax or sigmoid, not by {self.score!r}.")
 
 
 @dataclass(frozen=True)
@@ -77,6 +106,7 @@ class Config:
     tie: bool = True  # the output matrix is the embedding
     eos_id: int | None = None
     pad_id: int | None = None
+    moe: MoEConfig | None = None  # None: every layer is dense
 
     def __post_init__(self):
         if not self.window:
@@ -108,7 +138,13 @@ class Config:
         hf |= {"rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta}}
         if not family:
             return hf | {"qk_norm": self.qk_norm, "qkv_bias": self.qkv_bias, "window": list(self.window),
-                         "causal": self.causal}  # fmt: skip
+                         "causal": self.causal, "moe": self.moe and dataclasses.asdict(self.moe)}  # fmt: skip
+        if self.moe:
+            hf |= {key: getattr(self.moe, ours) for ours, key in MOE_KEYS[family.model_type].items()}
+            if family.model_type == "qwen3_moe":
+                hf |= {"mlp_only_layers": list(self.moe.dense), "decoder_sparse_step": 1}
+            if family.model_type == "dots1":
+                hf |= {"first_k_dense_replace": len(self.moe.dense)}
         sliding = [w for w in self.window if w is not None]
         hf["sliding_window"] = sliding[0] if sliding else None
         if family.layer_types:
@@ -140,7 +176,9 @@ class Config:
         if isinstance(fields.get("eos_id"), list):
             fields["eos_id"] = fields["eos_id"][0]
         if ours:
-            return Config(**fields, **{k: hf[k] for k in ("qk_norm", "qkv_bias", "causal")}, window=tuple(hf["window"]))
+            moe = MoEConfig(**{**hf["moe"], "dense": tuple(hf["moe"]["dense"])}) if hf.get("moe") else None
+            return Config(**fields, **{k: hf[k] for k in ("qk_norm", "qkv_bias", "causal")}, window=tuple(hf["window"]),
+                          moe=moe)  # fmt: skip
         family, n_layer, width = FAMILIES[arch], fields["n_layer"], hf.get("sliding_window")
         if hf.get("attention_bias") or hf.get("mlp_bias"):
             raise UserError(f"A {arch} with biases on every matrix is not supported yet.")
@@ -148,26 +186,38 @@ class Config:
         types = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (n_layer - full)
         sliding = width is not None and (not family.layer_types or hf.get("use_sliding_window", False))
         window = tuple(width if sliding and t == "sliding_attention" else None for t in types)
-        return Config(**fields, qk_norm=family.qk_norm, qkv_bias=family.qkv_bias, window=window)
+        moe = moe_from_hf(hf, n_layer) if family.moe else None
+        return Config(**fields, qk_norm=family.qk_norm, qkv_bias=family.qkv_bias, window=window, moe=moe)
+
+    def is_sparse(self, layer: int) -> bool:
+        return self.moe is not None and layer not in self.moe.dense
+
+    def ffn_params(self, layer: int, active: bool = False) -> int:
+        """Of a layer's feed-forward part, the router's matrix included; active: those that a token meets."""
+        if not self.is_sparse(layer):
+            return 3 * self.n_embd * self.ffn_dim
+        m = self.moe
+        experts = (m.n_active if active else m.n_expert) + m.n_shared
+        return 3 * self.n_embd * m.ffn_dim * experts + self.n_embd * m.n_expert
 
     @property
     def matrix_params(self) -> int:
-        """Weights that multiply every token: the layers' matrices and the output matrix (the lookup is free)."""
+        """Weights that multiply a token: its layers' matrices and the output matrix (the lookup is free)."""
         attn = self.n_embd * self.head_dim * (2 * self.n_head + 2 * self.n_kv_head)
-        return self.n_layer * (attn + 3 * self.n_embd * self.ffn_dim) + self.vocab_size * self.n_embd
+        ffn = sum(self.ffn_params(i, active=True) for i in range(self.n_layer))
+        return self.n_layer * attn + ffn + self.vocab_size * self.n_embd
 
-    @property
-    def block_params(self) -> int:
+    def block_params(self, layer: int, active: bool = False) -> int:
         """Of one layer, norms and biases included."""
         heads = self.head_dim * (2 * self.n_head + 2 * self.n_kv_head)
         norms = 2 * self.n_embd + 2 * self.head_dim * self.qk_norm
         biases = self.head_dim * (self.n_head + 2 * self.n_kv_head) * self.qkv_bias
-        return self.n_embd * heads + 3 * self.n_embd * self.ffn_dim + norms + biases
+        return self.n_embd * heads + self.ffn_params(layer, active) + norms + biases
 
-    def n_params(self) -> int:
-        """All parameters, in closed form; a test holds it equal to the sum over the module."""
+    def n_params(self, active: bool = False) -> int:
+        """All parameters, in closed form, or those that a token meets; a test holds it equal to the sum over the module."""
         tables = self.vocab_size * self.n_embd * (1 if self.tie else 2)
-        return self.n_layer * self.block_params + self.n_embd + tables
+        return sum(self.block_params(i, active) for i in range(self.n_layer)) + self.n_embd + tables
 
     def flops_per_token(self, T: int | None = None) -> float:
         """Of forward and backward, per token, at context T: 6 for each weight that multiplies it (2 forward, 4
@@ -205,13 +255,15 @@ def training_bytes(config: Config, B: int, T: int, *, dp=1, tp=1, zero=0, replic
     the precision of the products where that is not theirs."""
     c, L = config, config.n_layer
     shards = 1 if zero == 0 else dp if zero == 1 else dp // replicate
-    block = c.block_params / tp
+    block = sum(c.block_params(i) for i in range(L)) / L / tp
     n = L * block + c.n_embd + c.vocab_size * c.n_embd * (1 if c.tie else 2) / tp
     parameters, gradients, optimizer = zero_bytes(n, shards, zero)
     gathered = e * n if e < 4 or dp > 1 and tp > 1 else 0.0  # (what DDP cannot do is fully_shard's, on an axis of one)
     if zero >= 2 and shards > 1:
         parameters, gathered = 4 * n / shards, e * (n if zero == 2 else n - max(0, L - 2) * block)
     q, kv, I = c.n_head * c.head_dim / tp, c.n_kv_head * c.head_dim / tp, c.ffn_dim / tp
+    if c.moe:  # the rows that go to the experts, and what comes back, stand beside the tokens
+        I = c.moe.ffn_dim * (c.moe.n_active + c.moe.n_shared) + c.n_embd * c.moe.n_active / 2
     layer = 4 * c.n_embd + 3 * q + 3 * kv + 4 * I + (q + kv if c.qk_norm else 0)  # both norms' inputs and outputs; q, k, v, y
     logits = min(B * T * c.vocab_size / tp, KEEP_LOGITS)
     kept = L * layer if recompute == "none" else L * c.n_embd + layer
@@ -227,7 +279,7 @@ def communication(config: Config, N: int, *, dp=1, tp=1, zero=0, replicate=1, se
     ZeRO-3 also the weights, forward and backward (1910.02054, 7). The small ones too: a loss over a split vocabulary sums
     three numbers a token, and norms that see a part of the heads or the sequence have terms of a gradient."""
     c, L, rows = config, config.n_layer, []
-    n = L * c.block_params / tp + c.n_embd + c.vocab_size * c.n_embd * (1 if c.tie else 2) / tp
+    n = sum(c.block_params(i) for i in range(L)) / tp + c.n_embd + c.vocab_size * c.n_embd * (1 if c.tie else 2) / tp
     NC = N * c.n_embd
     again = L if recompute != "none" else 0  # a block that is computed again sends again what its first half sent
     if tp > 1:
@@ -288,12 +340,23 @@ class Family:
     qk_norm: bool = False
     qkv_bias: bool = False
     window: str = "none"  # which windows its class can express: "none", "all" (every layer the same) or "any"
+    moe: MoEConfig | None = None  # what its class fixes of the experts; MOE_KEYS has what its config.json says
 
     @property
     def layer_types(self) -> bool:
         return self.window == "any"
 
     def fits(self, config: Config) -> bool:
+        if (self.moe is None) != (config.moe is None):
+            return False
+        if config.moe:
+            free = {*MOE_KEYS[self.model_type], "dense"}
+            fixed = [f.name for f in dataclasses.fields(MoEConfig) if f.name not in free]
+            dense = {"mixtral": config.moe.dense == (), "qwen3_moe": True,
+                     "dots1": config.moe.dense == tuple(range(len(config.moe.dense)))}[self.model_type]  # fmt: skip
+            shared = self.model_type != "dots1" or config.moe.n_shared > 0
+            if not (dense and shared and all(getattr(self.moe, n) == getattr(config.moe, n) for n in fixed)):
+                return False
         sizes = set(config.window)
         windows = {"none": sizes == {None}, "all": len(sizes) == 1 and None not in sizes,
                    "any": len(sizes - {None}) <= 1}[self.window]  # fmt: skip
@@ -308,7 +371,45 @@ FAMILIES = {
     "MistralForCausalLM": Family("mistral", window="all"),
     "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, window="any"),
     "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, window="any"),
+    "MixtralForCausalLM": Family("mixtral", moe=MoEConfig()),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", qk_norm=True, moe=MoEConfig()),
+    "Dots1ForCausalLM": Family("dots1", qk_norm=True, moe=MoEConfig(score="sigmoid", bias=True)),  # DeepSeek-V3's experts
 }
+
+# Field of MoEConfig -> the key in config.json, by model_type.
+_DEEPSEEK = {"n_expert": "n_routed_experts", "n_active": "num_experts_per_tok", "ffn_dim": "moe_intermediate_size",
+             "n_shared": "n_shared_experts", "scale": "routed_scaling_factor", "n_group": "n_group",
+             "topk_group": "topk_group", "normalize": "norm_topk_prob"}  # fmt: skip
+MOE_KEYS = {
+    "mixtral": {"n_expert": "num_local_experts", "n_active": "num_experts_per_tok", "ffn_dim": "intermediate_size"},
+    "qwen3_moe": {"n_expert": "num_experts", "n_active": "num_experts_per_tok", "ffn_dim": "moe_intermediate_size",
+                  "normalize": "norm_topk_prob"},
+    "dots1": _DEEPSEEK, "deepseek_v3": _DEEPSEEK,
+    "deepseek_v2": {k: v for k, v in _DEEPSEEK.items() if k != "normalize"},
+}  # fmt: skip
+
+
+def moe_from_hf(hf: dict, n_layer: int) -> MoEConfig:
+    """The experts of a config.json of one of the families of MOE_KEYS."""
+    kind = hf["model_type"]
+    fields = {ours: hf[key] for ours, key in MOE_KEYS[kind].items() if hf.get(key) is not None}
+    for key in ("num_local_experts", "num_experts"):  # transformers writes either spelling
+        if hf.get(key) is not None:
+            fields.setdefault("n_expert", hf[key])
+    if kind == "qwen3_moe":
+        fields.setdefault("normalize", False)  # the class's default
+        step, only = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
+        fields["dense"] = tuple(i for i in range(n_layer) if i in only or (i + 1) % step)
+    elif kind != "mixtral":
+        fields["dense"] = tuple(range(min(n_layer, hf.get("first_k_dense_replace", 0))))
+    if kind in ("dots1", "deepseek_v3"):
+        fields |= {"score": "sigmoid", "bias": True}
+    if kind == "deepseek_v2":
+        fields |= {"normalize": False}
+        if hf.get("topk_method", "greedy") == "greedy":
+            fields |= {"n_group": 1, "topk_group": 1}
+    return MoEConfig(**fields)
+
 
 # Sizes by name. `nano` learns in a minute, `micro` in the ten minutes of the default run; `small` is GPT-2's.
 PRESETS = {
@@ -325,6 +426,11 @@ PRESETS = {
                           ffn_dim=28_672, seq_len=4096, norm_eps=1e-5, qk_norm=False, tie=False),
     "llama-3-8b": Config(vocab_size=128_256, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, head_dim=128,
                          ffn_dim=14_336, seq_len=8192, norm_eps=1e-5, qk_norm=False, tie=False, rope_theta=500_000.0),
+    "mixtral-8x7b": Config(vocab_size=32_000, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, head_dim=128,
+                           ffn_dim=14_336, seq_len=32_768, norm_eps=1e-5, qk_norm=False, tie=False,
+                           rope_theta=1_000_000.0, moe=MoEConfig(8, 2, 14_336)),
+    "qwen3-30b-a3b": Config(vocab_size=151_936, n_layer=48, n_head=32, n_kv_head=4, n_embd=2048, head_dim=128,
+                            ffn_dim=6144, seq_len=40_960, tie=False, rope_theta=1_000_000.0, moe=MoEConfig(128, 8, 768)),
 }  # fmt: skip
 
 
@@ -502,29 +608,43 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (2002.05202, eq. 6)."""
 
-    def __init__(self, config: Config):
+    def __init__(self, n_embd: int, ffn_dim: int):
         super().__init__()
-        self.gate_proj = Linear(config.n_embd, config.ffn_dim, bias=False)
-        self.up_proj = Linear(config.n_embd, config.ffn_dim, bias=False)
-        self.down_proj = Linear(config.ffn_dim, config.n_embd, bias=False)
+        self.gate_proj = Linear(n_embd, ffn_dim, bias=False)
+        self.up_proj = Linear(n_embd, ffn_dim, bias=False)
+        self.down_proj = Linear(ffn_dim, n_embd, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def expert_layer(config: Config) -> nn.Module:
+    """The mixture of experts, in the place of MLP: the door to moe.py, which only a config with experts opens."""
+    import moe
+
+    return moe.MoE(config)
+
+
+AUX = ("aux_loss", "balance_loss", "z_loss", "dropped", "router_entropy", "load")  # columns; load: one for each expert
+
+
 class Block(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
+        self.layer, self.sparse = layer, config.is_sparse(layer)
         self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = expert_layer(config) if self.sparse else MLP(config.n_embd, config.ffn_dim)
         self.dropout = 0.0  # set by Transformer.set_dropout
 
     def forward(self, x, aux, cos, sin, mask=None, cache=None):
         x = x + drop(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache), self.dropout, self.training)
-        x = x + drop(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
-        return x, aux  # aux: losses of the layers so far (a mixture's balance), passed on and never kept in self
+        y = self.mlp(self.post_attention_layernorm(x))
+        if self.sparse:
+            y, row = y
+            aux = torch.cat((aux[: self.layer], row[None], aux[self.layer + 1 :]))
+        return x + drop(y, self.dropout, self.training), aux  # aux is passed on and never kept in self
 
 
 def drop(x, p: float, training: bool):
@@ -576,7 +696,8 @@ class Transformer(nn.Module):
         positions       (T,) consecutive or (B, T) any, 0.. by default (with a cache: from its end); -1 is padding
         doc_ids (B, T)  tokens of different documents do not see each other
         output          "logits" (B, T, V) | "last" (B, 1, V): the last position's | "hidden" (B, T, C)
-        aux             the earlier stage's auxiliary losses; a scalar, zero for a dense model
+        aux             (L, 1), with experts (L, 5 + E): what each layer adds to the loss, and what it saw (`AUX`; while
+                        training). A later stage is given the earlier one's
         """
         B, T = x.shape[:2]
         if positions is None:
@@ -591,7 +712,9 @@ class Transformer(nn.Module):
             x = self.embed_tokens(x)  # (B, T, C)
         x = x.to(self.compute_dtype or x.dtype)
         cos, sin = (a.to(x.dtype) for a in rope_angles(positions, self.config.head_dim, self.config.rope_theta))
-        aux = x.new_zeros((), dtype=torch.float32) if aux is None else aux
+        if aux is None:
+            columns = len(AUX) - 1 + self.config.moe.n_expert if self.config.moe else 1
+            aux = x.new_zeros((self.config.n_layer, columns), dtype=torch.float32)
         for i, block in self.layers.items():
             args = (x, aux, cos, sin, masks[self.config.window[int(i)]], cache)
             x, aux = self.remember(block, *args)
@@ -639,6 +762,20 @@ class Transformer(nn.Module):
         for block in self.layers.values():
             block.dropout = p
 
+    def set_balance(self, o: Options) -> None:
+        """What training adds to a mixture of experts so that all are used; nothing where the model is dense."""
+        for block in (b for b in self.layers.values() if b.sparse):
+            block.mlp.balance = o.balance_rate if o.balance == "loss" else 0.0
+            block.mlp.z_loss, block.mlp.capacity = o.z_loss, o.capacity
+
+    @torch.no_grad()
+    def shift_bias(self, aux, rate: float) -> None:
+        """After a step: experts that were chosen more often than the mean become less likely to be, and the other way
+        round (Wang et al. 2024, 2408.15664, algorithm 1). aux: the step's, of all ranks: the loads may have any scale."""
+        for block in (b for b in self.layers.values() if b.sparse):
+            load = aux[block.layer, len(AUX) - 1 :]
+            block.mlp.gate.e_score_correction_bias += rate * torch.sign(load.mean() - load)
+
     def compile_blocks(self) -> None:
         """torch.compile one block and use it for all: a start-up of one layer, and names stay as they are."""
         for block in self.layers.values():
@@ -667,6 +804,8 @@ class Transformer(nn.Module):
 
                 full = distribute_tensor(full.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
             p.copy_(full)
+        for buffer in self.buffers():  # the routers' bias
+            buffer.zero_()
         if mup_base and self.last:
             self.norm.weight.fill_(mup_base / self.config.n_embd)
         return self
@@ -824,7 +963,7 @@ def save_checkpoint(folder: str | Path, model, tokenizer: str | Path, *, state=N
     """
     folder = Path(folder)
     weights = weights or model.state_dict()
-    weights = {hf_name(n): p.detach().cpu().contiguous() for n, p in weights.items()}
+    weights = {hf_name(n, model.config): p.detach().cpu().contiguous() for n, p in weights.items()}
     if model.config.tie:
         weights.pop("lm_head.weight", None)
     with replacing(folder) as new:
@@ -875,8 +1014,15 @@ def replacing(folder: Path):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def hf_name(name: str) -> str:
+MIXTRAL = {".mlp.gate.": ".block_sparse_moe.gate.", ".mlp.experts.": ".block_sparse_moe.experts.",
+           ".gate_proj.": ".w1.", ".down_proj.": ".w2.", ".up_proj.": ".w3."}  # fmt: skip
+
+
+def hf_name(name: str, config: Config) -> str:
     """layers.0.mlp.up_proj.weight -> model.layers.0.mlp.up_proj.weight; the heads stand outside of `model`."""
+    if config.moe and FAMILIES["MixtralForCausalLM"].fits(config):
+        for ours, theirs in MIXTRAL.items():
+            name = name.replace(ours, theirs)
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
@@ -921,10 +1067,11 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
     config = Config.from_hf(read_json(folder / "config.json"))
     with torch.device("meta"):
         model = Transformer(config)
-    want, found = dict(model.named_parameters()), {}
+    want, found = dict(model.named_parameters()) | dict(model.named_buffers()), {}
+    ours = {hf_name(n, config): n for n in want}
     for path in sorted(folder.glob("model*.safetensors")):  # one file, or the shards of a large model
         for name, tensor in read_tensors(path, device):
-            name = name.removeprefix("model.")
+            name = ours.get(name, name)
             if name not in want:
                 if name == "lm_head.weight" and config.tie or name.endswith("rotary_emb.inv_freq"):
                     continue
@@ -1317,12 +1464,22 @@ class Options:
     data: tuple[str, ...] = option(("data/python",), "Data folder, or FOLDER:WEIGHT; several times for a mixture.")
     out: str = option("out/python", "Checkpoint folder to write.")
     objective: str = option("clm", "clm: the next token. mlm: masked tokens, bidirectional.")
+    init: str | None = option(None, "Start from the weights of this checkpoint folder (an upcycled one, say).")
     preset: str = option("micro", f"Size of the model: {', '.join(PRESETS)}.")
     n_layer: int | None = option(None, "Layers, instead of the preset's.")
     n_head: int | None = option(None, "Attention heads.")
     n_kv_head: int | None = option(None, "Key-value heads (a divisor of the heads).")
     n_embd: int | None = option(None, "Width; the feed-forward width follows in proportion.")
     seq_len: int | None = option(None, "Context in tokens.")
+    n_expert: int = option(0, "Experts in each layer's feed-forward part (moe.py); 0: dense.")
+    n_expert_active: int = option(2, "Experts that a token goes to.")
+    n_expert_shared: int = option(0, "Experts that every token goes to, beside those.")
+    expert_dim: int | None = option(None, "Width of an expert; so that a token costs what the dense model's does.")
+    router: str = option("softmax", "softmax over the experts, or sigmoid of each.")
+    balance: str = option("loss", "loss: Switch's auxiliary loss. bias: DeepSeek's, without one. none.")
+    balance_rate: float | None = option(None, "Weight of that loss (0.01), or the bias's step (0.001).")
+    z_loss: float = option(0.0, "Weight of the router's z-loss; 0.001 keeps its logits small.")
+    capacity: float | None = option(None, "Most tokens of a sequence that an expert takes, in means; the rest is dropped.")
     max_steps: int = option(1000, "Optimizer steps.")
     tokens_per_step: int = option(4096, "Tokens of a step, over all ranks and micro-batches.")
     micro_batch: int | None = option(None, "Sequences at once on a device: memory and speed only.")
@@ -1420,7 +1577,32 @@ def windows_at(step: int, full: int, ramp_steps: int, world: int = 1) -> int:
     return max(1, int(full * (0.125 + 0.875 * step / ramp_steps)) // world) * world
 
 
+def routing_record(aux, config: Config) -> dict:
+    """What metrics.jsonl says of a step's routing: means over the layers with experts; {} where there are none."""
+    if not config.moe:
+        return {}
+    aux = aux[[i for i in range(config.n_layer) if config.is_sparse(i)]].float().cpu()
+    load = aux[:, len(AUX) - 1 :]
+    record = {name: float(column) for name, column in zip(AUX, aux.mean(0), strict=False) if name != "load"}
+    record |= {"aux_loss": float(aux[:, 0].sum()), "load_max": float((load.amax(1) / load.mean(1)).max())}
+    return record | {"load": [[round(x, 4) for x in row] for row in load.tolist()]}
+
+
 def make_config(o: Options, tokens: Tokens) -> Config:
+    sized = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_expert", "n_expert_shared", "expert_dim")
+    if o.init:
+        if given := [name for name in sized if getattr(o, name)]:
+            raise UserError(f"--{given[0].replace('_', '-')} cannot be chosen: the sizes are those of --init {o.init}.")
+        folder = find_checkpoint(o.init)
+        if (folder / "tokenizer.json").read_bytes() != (tokens.folder / "tokenizer.json").read_bytes():
+            raise UserError(f"{o.init} and {tokens.folder} have different tokenizers: prepare the text with the former's "
+                            f"(tokenize.py prepare --tokenizer {o.init}/tokenizer.json).")  # fmt: skip
+        config = Config.from_hf(read_json(folder / "config.json"))
+        if config.causal != (o.objective == "clm"):
+            raise UserError(f"{o.init} is a {'causal' if config.causal else 'masked'} model: --objective has to be its own.")
+        return config.replace(seq_len=o.seq_len) if o.seq_len else config
+    if not o.n_expert and (o.n_expert_shared or o.expert_dim or o.capacity or o.z_loss):
+        raise UserError("Options of a mixture need --n-expert, the number of experts.")
     if o.preset not in PRESETS:
         raise UserError(f"--preset is one of {', '.join(PRESETS)}; not {o.preset!r}.")
     config = PRESETS[o.preset]
@@ -1436,6 +1618,10 @@ def make_config(o: Options, tokens: Tokens) -> Config:
     if "n_head" in sizes:
         group = config.n_head // config.n_kv_head
         sizes.setdefault("n_kv_head", sizes["n_head"] // group if sizes["n_head"] % group == 0 else sizes["n_head"])
+    if o.n_expert:
+        width = o.expert_dim or max(8, round(sizes.get("ffn_dim", config.ffn_dim) / (o.n_expert_active + o.n_expert_shared)))
+        sizes["moe"] = MoEConfig(o.n_expert, o.n_expert_active, width, o.n_expert_shared, score=o.router,
+                                 bias=o.balance == "bias")  # fmt: skip
     special = load_tokenizer(tokens.folder).special
     return config.replace(
         vocab_size=pad_vocab(tokens.vocab_size), causal=o.objective == "clm", eos_id=tokens.eot_id,
@@ -1446,7 +1632,8 @@ def make_config(o: Options, tokens: Tokens) -> Config:
 def derive(o: Options, config: Config, world: int, device: torch.device) -> None:
     """Check what a user can get wrong, and fill in what follows from the rest."""
     named = {"objective": ("clm", "mlm"), "schedule": ("cosine", "wsd", "constant"),
-             "compile": ("auto", "on", "off"), "recompute": ("none", "block", "selective")}  # fmt: skip
+             "compile": ("auto", "on", "off"), "recompute": ("none", "block", "selective"),
+             "balance": ("loss", "bias", "none"), "router": ("softmax", "sigmoid")}  # fmt: skip
     for name, allowed in named.items():
         if getattr(o, name) not in allowed:
             raise UserError(f"--{name} is one of {', '.join(allowed)}; not {getattr(o, name)!r}.")
@@ -1455,6 +1642,12 @@ def derive(o: Options, config: Config, world: int, device: torch.device) -> None
             raise UserError(f"--{name.replace('_', '-')} has to be above zero.")
     if not 0 <= o.dropout < 1:
         raise UserError(f"--dropout {o.dropout} is not a share of the activations: 0 up to, not with, 1.")
+    if config.moe and o.balance == "bias" and not config.moe.bias:
+        raise UserError(f"--balance bias needs a router that has a bias, and that of {o.init} has none: use --balance loss.")
+    if o.capacity is not None and not o.capacity > 0:
+        raise UserError("--capacity has to be above zero; 1.25 leaves a quarter of room over the mean.")
+    if o.balance_rate is None:
+        o.balance_rate = {"loss": 0.01, "bias": 0.001, "none": 0.0}[o.balance]
     windows = o.tokens_per_step // config.seq_len
     if windows == 0 or windows % world:
         near = config.seq_len * world * max(1, round(windows / world))

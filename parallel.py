@@ -57,6 +57,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from model import (
+    AUX,
     IGNORE,
     PRESETS,
     Config,
@@ -85,6 +86,7 @@ from model import (
     pick_dtype,
     read_json,
     resumed,
+    routing_record,
     run_app,
     run_command,
     save_checkpoint,
@@ -292,6 +294,8 @@ def check_layout(layout: Layout, world: int, config: Config) -> None:
         bad = next((f"{n} {what} do not divide by {layout.tp}" for what, n in widths.items() if n % layout.tp), "")
         why = bad or f"{layout.dp} x {layout.tp} is {layout.world}, and there are {world} processes"
         raise UserError(f"--dp {layout.dp} --tp {layout.tp} cannot be: {why}; the nearest that can is --dp {dp} --tp {tp}.")
+    if layout.tp > 1 and config.moe:
+        raise UserError("A mixture of experts cannot be split by --tp yet: use --dp, with --zero 3 where memory is short.")
     if layout.dp % layout.replicate or (layout.replicate > 1 and layout.zero < 2):
         raise UserError(f"--replicate {layout.replicate} has to divide --dp {layout.dp}, and needs --zero 2 or 3.")
     if layout.sequence and (layout.tp == 1 or config.seq_len % layout.tp):
@@ -358,6 +362,7 @@ def parallelize(config: Config, o: Options, layout: Layout, mesh, device: torch.
         split_tensors(model, mesh["tensor"], layout.sequence)
     model.compute_dtype, model.recompute = pick_dtype(o.dtype, device), o.recompute
     model.set_dropout(o.dropout)
+    model.set_balance(o)
     if o.compile == "on":
         model.compile_blocks()
     if layout.wrapped:
@@ -568,7 +573,8 @@ class Counter(TorchDispatchMode):
 
 
 def named_weights(model: Transformer) -> dict:
-    return {n: p.detach() for n, p in model.named_parameters()}
+    """Parameters, and the routers' bias."""
+    return {n: p.detach() for n, p in [*model.named_parameters(), *model.named_buffers()]}
 
 
 class Saver:
@@ -590,7 +596,7 @@ class Saver:
                                 write_folder(new, self.model.config, self.tokenizer),
                                 write_text(new / "state" / "state.json", json.dumps(state, indent=1) + "\n")))  # fmt: skip
         dist.barrier()
-        tensors = {hf_name(n): p for n, p in named_weights(self.model).items()} | self.optimizer.tensors()
+        tensors = {hf_name(n, self.model.config): p for n, p in named_weights(self.model).items()} | self.optimizer.tensors()
         tensors = {n: t.detach().clone() for n, t in tensors.items()}  # the next step changes them in place
         writer = HuggingFaceStorageWriter(str(new / "state" / "shards"), save_distributed=True)
         self.pending = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
@@ -669,15 +675,16 @@ def find_run(folder: str | Path) -> Path:
     return find_checkpoint(folder)
 
 
-def load(folder: str | Path, model: Transformer, optimizer: ParallelOptimizer) -> None:
+def load(folder: str | Path, model: Transformer, optimizer: ParallelOptimizer, only_weights: bool = False) -> None:
     """Each rank reads its shares of weights and optimizer state, whatever layout has written them."""
     folder = find_run(folder)
-    shards, weights = folder / "state" / "shards", {hf_name(n): p for n, p in named_weights(model).items()}
-    state = optimizer.tensors()
+    shards = folder / "state" / "shards"
+    weights = {hf_name(n, model.config): p for n, p in named_weights(model).items()}
+    state = {} if only_weights else optimizer.tensors()
     if shards.is_dir():
         sources = [(shards, weights | state)]
     else:
-        sources = [(folder, weights), (folder / "state", state)]
+        sources = [(folder, weights)] + [(folder / "state", state)] * (not only_weights)
     for path, wanted in sources:
         reader = HuggingFaceStorageReader(str(path))
         held = reader.read_metadata().state_dict_metadata
@@ -709,6 +716,8 @@ class Run:
         self.state = {"at": 0, "taken": [0] * len(weights), "scale": 2.0**14 if o.dtype == "fp16" else 1.0, "good": 0,
                       "skipped": 0, "best": None, "waited": 0, "finished": False, "data": fingerprint(self.train_data)}  # fmt: skip
         self.bad, self.eval_seconds, self.result, lines = 0, 0.0, {}, []
+        if o.init and not resume:
+            load(o.init, self.model, self.optimizer, only_weights=True)
         if resume:
             load(resume, self.model, self.optimizer)
             folder = find_run(resume)
@@ -747,14 +756,15 @@ class Run:
         return contextlib.nullcontext()
 
     def backward(self, batches, counter=None):
-        """-> (sum of losses, tokens), both over all ranks that read different tokens, as tensors."""
+        """-> (this rank's sum of losses, its part of the auxiliary losses, tokens of all ranks that read different ones)."""
         o, dp = self.o, self.layout.dp
-        tokens = torch.tensor(float(sum((y != IGNORE).sum() for _, y, _ in batches)), device=self.ranks.device)
-        dist.all_reduce(tokens)
-        tokens /= self.layout.tp
+        targets, rows = sum((y != IGNORE).sum() for _, y, _ in batches), sum(len(x) for x, _, _ in batches)
+        counts = torch.tensor([float(targets), float(rows)], device=self.ranks.device)
+        dist.all_reduce(counts)
+        tokens, rows = counts / self.layout.tp
         if o.dropout:
             torch.manual_seed(seed_of(o.seed, self.at, self.dp_rank))
-        total = torch.zeros((), device=self.ranks.device)
+        total = aux_total = torch.zeros((), device=self.ranks.device)
         for i, (x, y, docs) in enumerate(batches):
             split_vocabulary = loss_parallel() if self.layout.tp > 1 else contextlib.nullcontext()
             if counter:
@@ -762,30 +772,34 @@ class Run:
             with self.synchronize(i == len(batches) - 1), split_vocabulary:
                 losses, aux = self.forward(x, y, doc_ids=docs)
                 losses = full(losses)  # (B, T)
-                loss = losses.sum() / tokens + aux / len(batches) / dp
+                aux = aux * (len(x) / rows)  # means over sequences
+                loss = losses.sum() / tokens + aux[:, 0].sum()
                 if counter:
                     counter.phase = "backward"
                 (loss * (self.state["scale"] * dp)).backward()  # DDP and fully_shard divide by dp: undo that
-            total += losses.detach().sum()
+            total, aux_total = total + losses.detach().sum(), aux_total + aux.detach()
         settle(self.params)
-        return total, tokens
+        return total, aux_total, tokens
 
     def step(self, lr: float, stop: bool) -> dict:
         o, state = self.o, self.state
         batches, taken = self.batches()
         self.optimizer.set_lr(lr)
-        total, tokens = self.backward(batches)
+        total, aux, tokens = self.backward(batches)
         grads = [local(p.grad) for p in self.params]
         norm = global_norm(self.params) / state["scale"]
         clip = torch.clamp(o.grad_clip / (norm + 1e-6), max=1.0) / state["scale"]
         torch._foreach_mul_(grads, clip.to(grads[0].dtype).to(grads[0].device))
-        stats = torch.stack([total, torch.as_tensor(float(stop), device=total.device)])
+        stats = torch.cat([torch.stack([total, torch.as_tensor(float(stop), device=total.device)]), aux.flatten()])
         dist.all_reduce(stats)
-        stats[0] /= self.layout.tp
-        loss, asked, norm, tokens = torch.stack([*stats, norm.float(), tokens]).tolist()
+        stats /= self.layout.tp
+        aux = stats[2:].view_as(aux)
+        loss, asked, norm, tokens = torch.stack([*stats[:2], norm.float(), tokens]).tolist()
         loss /= tokens
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
+            if o.balance == "bias":
+                self.model.shift_bias(aux, o.balance_rate)
             state["good"], self.bad = state["good"] + 1, 0
         else:
             state["good"], self.bad, state["skipped"] = 0, self.bad + 1, state["skipped"] + 1
@@ -794,7 +808,8 @@ class Run:
             grown = state["scale"] * 2 if state["good"] % 1000 == 999 else state["scale"]
             state["scale"] = state["scale"] / 2 if self.bad else grown
         state["taken"], state["at"] = taken, self.at + 1
-        return {"loss": loss, "grad_norm": norm, "tokens": int(tokens), "stop": asked > 0}
+        record = routing_record(aux, self.config)
+        return {"loss": loss, "grad_norm": norm, "tokens": int(tokens), "stop": asked > 0} | record
 
     def save(self, finished: bool = False) -> None:
         state = {**self.state, "finished": finished, "options": dataclasses.asdict(self.o), "layout": str(self.layout)}
@@ -837,8 +852,9 @@ class Run:
                 rate = seconds if rate is None or self.at < 5 else 0.9 * rate + 0.1 * seconds
                 speed = stats["tokens"] / seconds
                 mfu = speed * self.config.flops_per_token() / peak
+                routing = {k: stats[k] for k in stats if k in (*AUX, "load_max")}
                 self.log.write({"step": self.at, "loss": stats["loss"], "grad_norm": stats["grad_norm"], "lr": lr,
-                                "ms_per_step": seconds * 1e3, "tok_per_s": speed, "mfu": mfu})  # fmt: skip
+                                "ms_per_step": seconds * 1e3, "tok_per_s": speed, "mfu": mfu, **routing})  # fmt: skip
                 text = f"loss {stats['loss']:.4f}  {speed:,.0f} tok/s  MFU {mfu:.0%}"
                 self.log.show(self.at, text, rate * (o.max_steps - self.at))
                 if self.bad:
@@ -875,7 +891,7 @@ class Run:
 
         hook = self.model.layers[str(self.config.n_layer - 1)].mlp.register_forward_pre_hook(look)
         with Counter() as counter:
-            total, tokens = self.backward(batches, counter)
+            total, _, tokens = self.backward(batches, counter)
         hook.remove()
         sizes["gradients"] = sum(local(p.grad).nbytes for p in self.params)
         sizes["optimizer"] = sum(local(t).nbytes for n, t in state.items() if not n.endswith("/step"))
@@ -1097,7 +1113,7 @@ def export(folder: Annotated[Path, typer.Argument(help="A checkpoint folder with
     config = Config.from_hf(read_json(source / "config.json"))
     with torch.device("meta"):
         model = Transformer(config)
-    weights = {n: tensors.pop(hf_name(n)) for n, _ in model.named_parameters()}
+    weights = {n: tensors.pop(hf_name(n, model.config)) for n in named_weights(model)}
     metrics = (source / "metrics.jsonl").read_text(encoding="utf-8")
     state = read_json(source / "state" / "state.json")
     save_checkpoint(folder, model, source / "tokenizer.json", state=(tensors, state), metrics=metrics, weights=weights)

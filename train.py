@@ -35,6 +35,7 @@ import typer
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import (
+    AUX,
     IGNORE,
     Config,
     Log,
@@ -63,6 +64,7 @@ from model import (
     pick_dtype,
     read_json,
     resumed,
+    routing_record,
     run_app,
     run_command,
     save_checkpoint,
@@ -158,43 +160,50 @@ class Step:
     def backward(self, batches, step: int):
         """Accumulate the gradient of the mean loss over all tokens of all ranks.
 
-        -> (this rank's sum of losses, tokens of all ranks)"""
+        -> (this rank's sum of losses, its part of the auxiliary losses, tokens of all ranks)"""
         o, r = self.o, self.ranks
-        tokens = torch.tensor(float(sum((y != IGNORE).sum() for _, y, _ in batches)), device=r.device)
+        targets, rows = sum((y != IGNORE).sum() for _, y, _ in batches), sum(len(x) for x, _, _ in batches)
+        counts = torch.tensor([float(targets), float(rows)], device=r.device)
         if r.world > 1:
-            torch.distributed.all_reduce(tokens)
+            torch.distributed.all_reduce(counts)
+        tokens, rows = counts
         if o.dropout:
             torch.manual_seed(seed_of(o.seed, step, r.rank))
-        total = torch.zeros((), device=r.device)
+        total = aux_total = torch.zeros((), device=r.device)
         for i, (x, y, docs) in enumerate(batches):
             x, y = x.to(r.device, non_blocking=True), y.to(r.device, non_blocking=True)
             docs = docs.to(r.device, non_blocking=True) if docs is not None else None
             last = i == len(batches) - 1  # DDP adds up over the ranks once, in the last backward pass
             with contextlib.nullcontext() if last or r.world == 1 else self.forward.no_sync():
                 losses, aux = self.forward(x, y, doc_ids=docs)  # (B, T)
-                loss = losses.sum() / tokens + aux / len(batches) / r.world
+                aux = aux * (len(x) / rows)  # means over sequences
+                loss = losses.sum() / tokens + aux[:, 0].sum()
                 (loss * (self.scale * r.world)).backward()  # DDP divides by the number of ranks: undo that
-            total += losses.detach().sum()
-        return total, tokens
+            total, aux_total = total + losses.detach().sum(), aux_total + aux.detach()
+        return total, aux_total, tokens
 
     def __call__(self, step: int, lr: float, stop: bool) -> dict:
-        """-> {"loss", "grad_norm", "tokens", "stop"}: the mean loss, and whether any rank was asked to stop."""
+        """-> {"loss", "grad_norm", "tokens", "stop"}: the mean loss, and whether any rank was asked to stop; with experts,
+        what `routing_record` says of them."""
         batches, taken = self.next.result()
         self.prefetch(step + 1, taken)
         self.optimizer.set_lr(lr)
-        total, tokens = self.backward(batches, step)
+        total, aux, tokens = self.backward(batches, step)
         params = [p for p in self.model.parameters() if p.grad is not None]
         if self.scale != 1.0:
             torch._foreach_div_([p.grad for p in params], self.scale)
         norm = torch.nn.utils.clip_grad_norm_(params, self.o.grad_clip)
-        stats = torch.stack([total, torch.as_tensor(float(stop), device=total.device)])
+        stats = torch.cat([torch.stack([total, torch.as_tensor(float(stop), device=total.device)]), aux.flatten()])
         if self.ranks.world > 1:
             torch.distributed.all_reduce(stats)
         # The one moment in a step when the host waits for the device: an update must not be made of a NaN.
-        loss, asked, norm, tokens = torch.stack([*stats, norm.float(), tokens]).tolist()
+        aux = stats[2:].view_as(aux)
+        loss, asked, norm, tokens = torch.stack([*stats[:2], norm.float(), tokens]).tolist()
         loss /= tokens
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
+            if self.o.balance == "bias":
+                self.model.shift_bias(aux, self.o.balance_rate)
             self.good, self.bad = self.good + 1, 0
         else:
             self.good, self.bad, self.skipped = 0, self.bad + 1, self.skipped + 1
@@ -202,7 +211,8 @@ class Step:
         if self.o.dtype == "fp16":  # dynamic loss scaling (Micikevicius et al. 2017, 1710.03740): halve on overflow
             self.scale = self.scale / 2 if self.bad else self.scale * 2 if self.good % 1000 == 999 else self.scale
         self.taken = taken
-        return {"loss": loss, "grad_norm": norm, "tokens": int(tokens), "stop": asked > 0}
+        record = routing_record(aux, self.model.config)
+        return {"loss": loss, "grad_norm": norm, "tokens": int(tokens), "stop": asked > 0} | record
 
     def measure_noise(self, step: int, parts: int = 8) -> float:
         """The critical batch size in tokens, from the gradients of `parts` pieces of one step's windows."""
@@ -248,6 +258,16 @@ def curve(records: list[dict], width: int = 72, height: int = 12) -> str:
     labels = [f"{high - (high - low) * i / (height - 1):6.2f} │" for i in range(height)]
     body = "\n".join(label + "".join(row).rstrip() for label, row in zip(labels, rows, strict=True))
     return f"{body}\n       └{'─' * width}\n        step {first}{last:>{width - 5 - len(str(first))}}   · train   o val"
+
+
+def load_bars(load: list[list[float]]) -> str:
+    """A bar for each expert of each layer, of full height at twice the mean."""
+    lines = ["how often each expert was chosen in the last step (half of the height: the mean; largest beside it)"]
+    for i, row in enumerate(load):
+        relative = [x * len(row) / sum(row) for x in row]
+        bars = "".join(" ▁▂▃▄▅▆▇█"[min(8, round(r * 4))] for r in relative)
+        lines.append(f"  layer {i:2} │{bars}│ {max(relative):.2f}")
+    return "\n".join(lines)
 
 
 def picture(folder: Path, records: list[dict]) -> None:
@@ -327,12 +347,13 @@ def compile_or_not(model: Transformer, o: Options) -> None:
 def open_model(o: Options, config: Config, ranks, resume: str | None, tensors: dict):
     """-> model, optimizer: fresh from the seed, or as the checkpoint has them."""
     model = Transformer(config)
-    if resume:
-        model.load_state_dict(load_model(resume).state_dict())
+    if resume or o.init:
+        model.load_state_dict(load_model(resume or o.init).state_dict())
     else:
         model.init_weights(o.seed, o.mup_base)
     model.compute_dtype, model.recompute = pick_dtype(o.dtype, ranks.device), o.recompute
     model.set_dropout(o.dropout)
+    model.set_balance(o)
     model.to(ranks.device).train()
     optimizer = build_optimizer(model, o.optimizer, o.lr, o.weight_decay, mup_base=o.mup_base)
     if resume:
@@ -414,8 +435,9 @@ class Run:
                 rate = seconds if rate is None or self.at < 5 else 0.9 * rate + 0.1 * seconds
                 speed = stats["tokens"] / seconds
                 mfu = speed * self.config.flops_per_token() / peak
+                routing = {k: stats[k] for k in stats if k in (*AUX, "load_max")}
                 self.log.write({"step": self.at, "loss": stats["loss"], "grad_norm": stats["grad_norm"], "lr": lr,
-                                "ms_per_step": seconds * 1e3, "tok_per_s": speed, "mfu": mfu})  # fmt: skip
+                                "ms_per_step": seconds * 1e3, "tok_per_s": speed, "mfu": mfu, **routing})  # fmt: skip
                 bits = f"  {stats['loss'] / math.log(2) * per_byte:.3f} bits/byte" if o.objective == "clm" else ""
                 text = f"loss {stats['loss']:.4f}{bits}  {speed:,.0f} tok/s  MFU {mfu:.0%}"
                 self.log.show(self.at, text, rate * (o.max_steps - self.at))
@@ -534,6 +556,8 @@ def report(this: Run) -> None:
     seconds = time.perf_counter() - START
     table.add_row("seconds, of them evaluation", f"{seconds:.1f}, {this.eval_seconds:.1f}")
     console().print(table)
+    if this.config.moe and steps:
+        say(load_bars(steps[-1]["load"]), markup=False)
     if this.reached:
         say(f"Target {o.target_loss} reached after {seconds - this.eval_seconds:.1f} s without evaluation.")
     if o.objective == "clm":
