@@ -29,6 +29,9 @@ LAYOUTS = {
 }
 
 
+EXPERTS = ("ddp", "zero-1", "zero-3")  # layouts that are also compared with a mixture of experts
+
+
 def options(data, **changes):
     tiny = {"data": (data,), "out": "", "preset": "nano", "n_layer": 2, "n_head": 4, "n_kv_head": 4, "n_embd": 64,
             "seq_len": 32, "tokens_per_step": 512, "micro_batch": 16, "max_steps": 5, "warmup_steps": 1, "lr": 1e-3,
@@ -40,20 +43,24 @@ def one_process(o, config, data, steps):
     """The same steps as plainly as can be: no micro-batches, no ranks. -> losses, first gradient, weights."""
     model = Transformer(config)
     model.init_weights(o.seed).train()
+    model.set_balance(o)
     optimizer, mixture = build_optimizer(model, o.optimizer, o.lr, o.weight_decay), parallel.Mixture(data[0], data[2], o.seed)
     losses, first, taken = [], {}, [0]
     for step in range(steps):
         plan, taken = mixture.draw(step, o.tokens_per_step // config.seq_len, taken)
         x, y = mixture.read(plan, config.seq_len)
-        loss = model(x, y)[0].sum() / (y != IGNORE).sum()
-        loss.backward()
+        each, aux = model(x, y)
+        loss = each.sum() / (y != IGNORE).sum()
+        (loss + aux[:, 0].sum()).backward()
         first = first or {n: p.grad.clone() for n, p in model.named_parameters()}
         torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
         optimizer.set_lr(o.lr)
         optimizer.step()
+        if o.balance == "bias":
+            model.shift_bias(aux, o.balance_rate)
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses, first, {n: p.detach() for n, p in model.named_parameters()}
+    return losses, first, parallel.named_weights(model)
 
 
 def off(a, b):
@@ -68,14 +75,14 @@ def compare(layout, o, config, data, reference):
     run.backward(batches)
     named = dict(run.model.named_parameters())
     grads = {n: off(full(p.grad), first[n]) for n, p in named.items()}
-    share = sum(local(p).numel() for p in named.values()) / sum(p.numel() for p in weights.values())
+    share = sum(local(p).numel() for p in named.values()) / sum(weights[n].numel() for n in named)
     run.optimizer.zero_grad()
     seen = [run.step(o.lr, False)["loss"] for _ in losses]
     return {
         "loss": max(abs(a - b) for a, b in zip(seen, losses, strict=True)),
         "grad": max(grads.values()),
         "worst": max(grads, key=grads.get),
-        "weights": max(off(full(p.detach()), weights[n]) for n, p in named.items()),
+        "weights": max(off(full(p), weights[n]) for n, p in parallel.named_weights(run.model).items()),
         "share": share,
     }
 
@@ -85,11 +92,17 @@ def layouts(data_folder, out, names):
     data, results = open_data((data_folder,)), {}
     cases = {"muon": {"lr": 3e-4}, "adamw": {"optimizer": "adamw"},
              "adamw, accumulate": {"optimizer": "adamw", "micro_batch": 2, "recompute": "block"}}  # fmt: skip
+    experts = {"n_expert": 4, "z_loss": 0.001, "capacity": 1.25, "balance_rate": 0.01}
+    if any(n in EXPERTS for n in names):
+        cases |= {"experts, muon": {**experts, "lr": 3e-4},
+                  "experts, adamw": {**experts, "optimizer": "adamw", "micro_batch": 2, "recompute": "block", "balance": "bias",
+                                     "router": "sigmoid", "n_expert_shared": 1}}  # fmt: skip
     for case, changes in cases.items():
         o = options(data_folder, out=out, **changes)
         config = parallel.make_config(o, data[0][0])
         reference = one_process(o, config, data, 5)
-        for name in names if "accumulate" not in case else [n for n in names if n in ("ddp", "zero-2", "zero-3 x tp 2")]:
+        some = ("ddp", "zero-2", "zero-3 x tp 2") if "accumulate" in case else EXPERTS if "experts" in case else names
+        for name in (n for n in names if n in some):
             results[f"{name}, {case}"] = compare(LAYOUTS[name], o, config, data, reference)
     return results
 

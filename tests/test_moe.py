@@ -2,11 +2,15 @@
 
 import json
 import math
+import shutil
+import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import command
+from conftest import command as launch
 
 import moe
 from model import (
@@ -49,6 +53,23 @@ def net(config, seed=0):
 
 def ids(config, B=2, T=16, seed=0):
     return torch.randint(config.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def command(*args, **kwargs):
+    return SimpleNamespace(**dict(zip(("returncode", "stdout", "stderr"), launch(*args, **kwargs), strict=True)))
+
+
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory):
+    """A data folder of whole Python files."""
+    home = tmp_path_factory.mktemp("modules")
+    (home / "lib").mkdir()
+    for name in ("bisect", "textwrap", "heapq", "shlex", "string", "colorsys", "fnmatch", "glob", "sched", "queue"):
+        shutil.copy(Path(sysconfig.get_paths()["stdlib"]) / f"{name}.py", home / "lib")
+    done = command("tokenize.py", "prepare", home / "lib", "--output", home / "data", "--no-baselines", "--vocab-size", "400",
+                   "--val-fraction", "0.3")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return home / "data"
 
 
 def options(**changes):
@@ -416,9 +437,9 @@ TRAIN = ("--preset", "nano", "--n-layer", "2", "--n-embd", "32", "--n-head", "2"
 
 
 @pytest.fixture(scope="module")
-def trained(data, tmp_path_factory):
+def trained(modules, tmp_path_factory):
     out = tmp_path_factory.mktemp("moe") / "run"
-    done = command("train.py", "--data", data, "--out", out, *TRAIN, "--max-steps", "6", "--n-expert", "4",
+    done = command("train.py", "--data", modules, "--out", out, *TRAIN, "--max-steps", "6", "--n-expert", "4",
                    "--n-expert-active", "2", "--z-loss", "0.001", "--capacity", "1.25")  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "how often each expert was chosen" in done.stderr
@@ -437,8 +458,8 @@ def test_train_sample_and_the_log(trained):
 
 
 @pytest.mark.parametrize("balance", ["loss", "bias"])
-def test_resume_is_exact_to_the_bit(balance, data, tmp_path):
-    args = (*TRAIN, "--data", data, "--n-expert", "4", "--balance", balance, "--router", "sigmoid" if balance == "bias" else "softmax")
+def test_resume_is_exact_to_the_bit(balance, modules, tmp_path):
+    args = (*TRAIN, "--data", modules, "--n-expert", "4", "--balance", balance, "--router", "sigmoid" if balance == "bias" else "softmax")
     args = (*args, "--save-interval", "3", "--schedule", "constant")
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert command("train.py", *args, "--out", whole, "--max-steps", "6").returncode == 0
@@ -450,44 +471,44 @@ def test_resume_is_exact_to_the_bit(balance, data, tmp_path):
     assert len(biases) == (2 if balance == "bias" else 0) and all(a[n].abs().max() > 0 for n in biases)
 
 
-def test_upcycle_study_size_and_init(trained, data, tmp_path):
+def test_upcycle_study_size_and_init(trained, modules, tmp_path):
     dense, mixture = tmp_path / "dense", tmp_path / "mixture"
-    assert command("train.py", "--data", data, "--out", dense, *TRAIN, "--max-steps", "3").returncode == 0
-    done = command("moe.py", "upcycle", dense, mixture, "--data", data, "--n-expert", "4")
+    assert command("train.py", "--data", modules, "--out", dense, *TRAIN, "--max-steps", "3").returncode == 0
+    done = command("moe.py", "upcycle", dense, mixture, "--data", modules, "--n-expert", "4")
     assert done.returncode == 0, done.stderr[-800:]
     a, b = (float(w) for w in done.stderr.replace(",", " ").split() if w.count(".") == 1 and len(w) == 8 and w[0].isdigit())
     assert a == pytest.approx(b, abs=2e-6)
-    done = command("train.py", "--data", data, "--out", tmp_path / "on", "--init", mixture, "--max-steps", "2",
+    done = command("train.py", "--data", modules, "--out", tmp_path / "on", "--init", mixture, "--max-steps", "2",
                    "--tokens-per-step", "256", "--eval-tokens", "512")  # fmt: skip
     assert done.returncode == 0, done.stderr[-800:]
     first = json.loads((tmp_path / "on" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(a, abs=0.5) and len(first["load"][0]) == 4
-    done = command("train.py", "--data", data, "--out", tmp_path / "no", "--init", mixture, "--n-layer", "3")
+    done = command("train.py", "--data", modules, "--out", tmp_path / "no", "--init", mixture, "--n-layer", "3")
     assert done.returncode == 2 and "--n-layer cannot be chosen" in done.stderr
-    done = command("train.py", "--data", data, "--out", tmp_path / "no", "--init", mixture, "--balance", "bias")
+    done = command("train.py", "--data", modules, "--out", tmp_path / "no", "--init", mixture, "--balance", "bias")
     assert done.returncode == 2 and "has none" in done.stderr
-    done = command("moe.py", "study", trained, "--data", data, "--tokens", "2000", "--off-tokens", "256")
+    done = command("moe.py", "study", trained, "--data", modules, "--tokens", "2000", "--off-tokens", "256")
     assert done.returncode == 0, done.stderr[-800:]
     result = json.loads((trained / "study.json").read_text())
     assert len(result["layers"]["0"]["switched_off"]) == 4 and "costliest to switch off" in done.stderr
     done = command("moe.py", "size", trained)
     assert done.returncode == 0 and "active for a token" in done.stderr
-    done = command("moe.py", "study", dense, "--data", data)
+    done = command("moe.py", "study", dense, "--data", modules)
     assert done.returncode == 2 and "dense model" in done.stderr
 
 
-def test_race_runs_and_writes_its_figures(data, tmp_path):
-    done = command("moe.py", "race", "--data", data, "--out", tmp_path / "race", "--preset", "nano", "--max-steps", "6",
-                   "--seeds", "1", "--sweep", "4", "--tokens-per-step", "512", timeout=400)  # fmt: skip
+def test_race_runs_and_writes_its_figures(modules, tmp_path):
+    done = command("moe.py", "race", "--data", modules, "--out", tmp_path / "race", "--preset", "nano", "--max-steps", "6",
+                   "--seeds", "1", "--sweep", "", "--tokens-per-step", "512", timeout=400)  # fmt: skip
     assert done.returncode == 0, done.stderr[-800:]
     runs = json.loads((tmp_path / "race" / "race.json").read_text())
-    assert set(runs) == {"dense", "8 experts", "dense, equal time", "4 experts"}
+    assert set(runs) == {"dense", "8 experts", "dense, equal time"}
     assert all(math.isfinite(r["val_bpb"]) for results in runs.values() for r in results)
     assert runs["8 experts"][0]["peak_bytes"] > 0
-    done = command("moe.py", "race", "--sweep", "4;8", "--data", data, "--out", tmp_path / "no")
+    done = command("moe.py", "race", "--sweep", "4;8", "--data", modules, "--out", tmp_path / "no")
     assert done.returncode == 2
 
 
-def test_options_of_a_mixture_need_experts(data, tmp_path):
-    done = command("train.py", "--data", data, "--out", tmp_path / "x", "--capacity", "1.5")
+def test_options_of_a_mixture_need_experts(modules, tmp_path):
+    done = command("train.py", "--data", modules, "--out", tmp_path / "x", "--capacity", "1.5")
     assert done.returncode == 2 and "--n-expert" in done.stderr

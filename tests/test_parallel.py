@@ -1,5 +1,6 @@
 """parallel.py: every layout equals one process; what is sent and kept equals the formulas; nothing is lost."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import torch
 from conftest import ROOT, command, wait_for
 
 import parallel
-from model import PRESETS, Config, UserError, communication, read_tensors, training_bytes, zero_bytes
+from model import PRESETS, Config, MoEConfig, UserError, communication, read_tensors, training_bytes, zero_bytes
 from parallel import Layout, check_layout
 
 ONE = {"OMP_NUM_THREADS": "1"}
@@ -44,7 +45,7 @@ def test_layouts_equal_one_process(worker):
 
     names = [n for n, layout in LAYOUTS.items() if layout.world == 4]
     results = worker(4, "layouts", *names)
-    assert len(results) == 2 * len(names) + 3
+    assert len(results) == 2 * len(names) + 3 + 2 * 3
     check(results)
     share = {n: results[f"{n}, adamw"]["share"] for n in names}
     assert share["ddp"] == share["zero-1"] == 1.0  # these keep all parameters on each rank
@@ -157,9 +158,12 @@ def test_killed_rank_restarts(data, tmp_path):
     (Layout(dp=8, zero=3, replicate=3), "--replicate 3 has to divide"),
     (Layout(dp=8, replicate=2), "needs --zero 2 or 3"),
     (Layout(dp=8, sequence=True), "needs --tp above 1"),
+    (Layout(dp=4, tp=2, sequence="experts"), "mixture of experts cannot be split"),
 ])  # fmt: skip
 def test_layouts_that_cannot_be(layout, words):
     config = Config(vocab_size=128, n_head=4, n_kv_head=4, n_embd=64, head_dim=16, ffn_dim=96)
+    if layout.sequence == "experts":
+        layout, config = dataclasses.replace(layout, sequence=False), config.replace(moe=MoEConfig())
     with pytest.raises(UserError, match=words):
         check_layout(layout, 8, config)
 
