@@ -2,6 +2,7 @@
 
     python train.py --n-expert 8 --n-expert-active 2 --out out/moe   # train one (the layer below is what it trains)
     python moe.py size mixtral-8x7b                                  # all parameters, active ones, bytes a token reads
+    python moe.py speed                                              # the layer against a dense one of equal FLOPs
     python moe.py upcycle out/python out/upcycled                    # a dense checkpoint becomes a mixture
     python moe.py study out/moe                                      # which tokens go to which expert
     python moe.py race                                               # dense against mixture: equal FLOPs, equal time
@@ -23,6 +24,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -47,10 +49,13 @@ from model import (
     find_checkpoint,
     load_model,
     load_tokenizer,
+    pick_device,
+    pick_dtype,
     read_json,
     run_app,
     save_checkpoint,
     say,
+    synchronize,
 )  # fmt: skip
 
 # B sequences, T tokens of a sequence, N = B*T, C n_embd, E experts, k active ones, I width of an expert.
@@ -173,10 +178,10 @@ def loop(experts, x, chosen, weights):
 def dispatch(experts, x, chosen, weights):
     """The same, fast: sort the choices by expert, let each expert multiply its run of rows, put the rows back.
 
-    x (N, C), chosen (N, k), weights (N, k) -> (N, C); a choice of E or above is of no expert (dropped). On CPU the runs as products of
-    their own take 1.2 to 1.4 times as long as the dense layer of equal FLOPs; one product over runs padded to the
-    longest, or torch._grouped_mm, which both have to stack the weights first, 1.2 to 1.5 times. On CUDA the stacked,
-    grouped product leaves the counts on the device: nothing waits for the host.
+    x (N, C), chosen (N, k), weights (N, k) -> (N, C); a choice of E or above is of no expert: it was dropped. On CPU
+    each run is a product of its own: that was as fast as torch's grouped product and faster than one product over runs
+    padded to the longest, which both have to stack the weights first (`moe.py speed`). On CUDA the grouped product
+    leaves the counts on the device: nothing waits for the host.
     """
     E, n = len(experts), chosen.numel()
     flat = chosen.flatten()
@@ -590,6 +595,64 @@ def study(
     return result
 
 
+def speed(
+    preset: Annotated[str, typer.Option(help="Whose width and feed-forward width; an expert has that over the active ones.")] = "micro",
+    tokens: Annotated[int, typer.Option(help="Tokens at once.")] = 4096,
+    n_expert: Annotated[int, typer.Option(help="Experts.")] = 8,
+    n_expert_active: Annotated[int, typer.Option(help="Experts that a token goes to.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Rounds; each times every form once, in turn.")] = 15,
+    dtype: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+) -> dict:
+    """Forward and backward of one layer: dense, our dispatch, the readable loop, and transformers' forms if installed."""
+    where = pick_device(device)
+    c, kind, k = PRESETS[preset], pick_dtype(dtype, where), n_expert_active
+    m = MoEConfig(n_expert, k, c.ffn_dim // k)
+    with where:
+        dense, layer = MLP(c.n_embd, c.ffn_dim), MoE(c.replace(moe=m)).train()
+        x = torch.randn(1, tokens, c.n_embd, dtype=kind, requires_grad=True)
+        grad = torch.randn_like(x)
+
+    def looped():
+        _, _, chosen, weights = layer.gate(x[0])
+        return loop(layer.experts, x[0], chosen, weights)[None]
+
+    forms = {"dense, equal FLOPs": lambda: dense(x), "dispatch": lambda: layer(x)[0], "loop": looped}
+    try:
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+        for form in ("eager", "grouped_mm"):
+            for weights in {kind, torch.float32}:
+                theirs = MixtralConfig(hidden_size=c.n_embd, intermediate_size=m.ffn_dim, num_local_experts=n_expert,
+                                       num_experts_per_tok=k)  # fmt: skip
+                theirs._experts_implementation = form
+                block = MixtralSparseMoeBlock(theirs).to(where, weights)
+                for p in block.parameters():
+                    nn.init.normal_(p, std=c.n_embd**-0.5)
+                forms[f"transformers {form}, {weights}".replace("torch.", "")] = lambda b=block, w=weights: b(x.to(w))
+    except ImportError:
+        say("(transformers is not installed: without it)")
+    times = {name: [] for name in forms}
+    for _ in range(rounds + 1):
+        for name, form in forms.items():
+            synchronize(where)
+            begin = time.perf_counter()
+            y = form()
+            y.backward(grad.to(y.dtype))
+            synchronize(where)
+            times[name].append(time.perf_counter() - begin)
+    median = {name: float(np.median(t[1:])) for name, t in times.items()}
+    from rich.table import Table
+
+    table = Table("form", "ms, median", "of the dense layer's", "of dispatch's", title_justify="left",
+                  title=f"{tokens} tokens, width {c.n_embd}, {n_expert} experts of {m.ffn_dim}, {k} active, {kind}")  # fmt: skip
+    for name, t in median.items():
+        table.add_row(name, f"{t * 1e3:.1f}", f"{t / median['dense, equal FLOPs']:.2f}", f"{t / median['dispatch']:.2f}")
+    console().print(table)
+    return median
+
+
 def race(
     data: Annotated[str, typer.Option(help="Data folder.")] = "data/python",
     out: Annotated[Path, typer.Option(help="Folder for the runs and race.json.")] = Path("out/race"),
@@ -641,6 +704,6 @@ def race(
 
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.partition("\n")[0])
-    for function in (size, upcycle, study, race):
+    for function in (size, speed, upcycle, study, race):
         app.command()(function)
     run_app(app)

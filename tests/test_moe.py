@@ -509,6 +509,11 @@ def test_race_runs_and_writes_its_figures(modules, tmp_path):
     assert done.returncode == 2
 
 
+def test_speed_times_every_form():
+    times = moe.speed("nano", tokens=64, n_expert=4, n_expert_active=2, rounds=1, dtype="fp32", device="cpu")
+    assert {"dense, equal FLOPs", "dispatch", "loop"} <= times.keys() and all(t > 0 for t in times.values())
+
+
 def test_options_of_a_mixture_need_experts(modules, tmp_path):
     done = command("train.py", "--data", modules, "--out", tmp_path / "x", "--capacity", "1.5")
     assert done.returncode == 2 and "--n-expert" in done.stderr
