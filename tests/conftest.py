@@ -1,9 +1,11 @@
 """What several test files use: the scripts as modules, as commands, and a small data folder."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -59,3 +61,16 @@ def prepare(folder, text, *args):
 def data(tmp_path_factory, text):
     """A data folder of characters, split at its tail."""
     return prepare(tmp_path_factory.mktemp("data") / "chars", text, "--algorithm", "char", "--val-fraction", "0.1")
+
+
+@pytest.fixture(scope="session")
+def modules(tmp_path_factory):
+    """A data folder of whole Python files, in BPE."""
+    home = tmp_path_factory.mktemp("modules")
+    (home / "lib").mkdir()
+    for name in ("bisect", "textwrap", "heapq", "shlex", "string", "colorsys", "fnmatch", "glob", "sched", "queue"):
+        shutil.copy(Path(sysconfig.get_paths()["stdlib"]) / f"{name}.py", home / "lib")
+    code, _, err = command("tokenize.py", "prepare", home / "lib", "--output", home / "data", "--no-baselines",
+                           "--vocab-size", "400", "--val-fraction", "0.3")  # fmt: skip
+    assert code == 0, err
+    return home / "data"

@@ -2,9 +2,6 @@
 
 import json
 import math
-import shutil
-import sysconfig
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,19 +54,6 @@ def ids(config, B=2, T=16, seed=0):
 
 def command(*args, **kwargs):
     return SimpleNamespace(**dict(zip(("returncode", "stdout", "stderr"), launch(*args, **kwargs), strict=True)))
-
-
-@pytest.fixture(scope="module")
-def modules(tmp_path_factory):
-    """A data folder of whole Python files."""
-    home = tmp_path_factory.mktemp("modules")
-    (home / "lib").mkdir()
-    for name in ("bisect", "textwrap", "heapq", "shlex", "string", "colorsys", "fnmatch", "glob", "sched", "queue"):
-        shutil.copy(Path(sysconfig.get_paths()["stdlib"]) / f"{name}.py", home / "lib")
-    done = command("tokenize.py", "prepare", home / "lib", "--output", home / "data", "--no-baselines", "--vocab-size", "400",
-                   "--val-fraction", "0.3")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return home / "data"
 
 
 def options(**changes):

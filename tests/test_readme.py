@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, prepare
+from conftest import ROOT
 
 TINY = {"--max-steps": "3", "--tokens-per-step": "256", "--seq-len": "32", "--n-layer": "1", "--n-embd": "32",
         "--n-head": "1", "--eval-interval": "2", "--eval-tokens": "256", "--save-interval": "2", "--warmup-steps": "1"}  # fmt: skip
@@ -24,6 +24,12 @@ def tiny(words):
     """The command as the README has it, at a size that takes seconds."""
     script = next((w for w in words if w.endswith(".py")), "")
     options = dict(TINY) if script == "train.py" and "--resume" not in words else {}
+    if "--init" in words:  # its sizes are the folder's
+        options = {k: v for k, v in TINY.items() if k not in ("--n-layer", "--n-embd", "--n-head", "--seq-len")}
+    if script == "moe.py":
+        options = {"study": {"--tokens": "500", "--off-tokens": "128"}, "speed": {"--tokens": "64", "--rounds": "1"},
+                   "race": {"--preset": "nano", "--max-steps": "2", "--seeds": "1", "--sweep": "", "--tokens-per-step": "256"},
+                   }.get(words[2], {})  # fmt: skip
     if script == "parallel.py" and "plan" not in words:
         options = {**TINY, "--n-head": "2"}
     if script == "sample.py":
@@ -47,7 +53,7 @@ def tiny(words):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, text):
+def home(tmp_path_factory, text, modules):
     """A folder as a clone is, with small data under the names that the README uses."""
     home = tmp_path_factory.mktemp("clone")
     for path in ROOT.glob("*.py"):
@@ -57,7 +63,7 @@ def home(tmp_path_factory, text):
         (home / "lib" / f"part{i}.py").write_text(text[i * 9000 : (i + 1) * 9000])
     (home / "input.txt").write_text(text)
     (home / "data").mkdir()
-    prepare(home / "data" / "python", text, "--vocab-size", "300", "--val-fraction", "0.2")
+    shutil.copytree(modules, home / "data" / "python")
     return home
 
 
