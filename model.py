@@ -131,7 +131,8 @@ class Config:
 
     def to_hf(self) -> dict:
         """config.json as the stock class that this config exactly is, or as model_type "octavo"."""
-        name, family = next(((n, f) for n, f in FAMILIES.items() if f.fits(self)), ("OctavoForMaskedLM", None))
+        name, family = next(((n, f) for n, f in FAMILIES.items() if f.fits(self)), (None, None))
+        name = name or ("OctavoForCausalLM" if self.causal else "OctavoForMaskedLM")
         hf = {key: getattr(self, ours) for ours, key in HF_KEYS.items()}
         hf |= {"architectures": [name], "model_type": family.model_type if family else "octavo"}
         hf |= {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "dtype": "float32"}
@@ -1601,7 +1602,7 @@ def make_config(o: Options, tokens: Tokens) -> Config:
         if config.causal != (o.objective == "clm"):
             raise UserError(f"{o.init} is a {'causal' if config.causal else 'masked'} model: --objective has to be its own.")
         return config.replace(seq_len=o.seq_len) if o.seq_len else config
-    if not o.n_expert and (o.n_expert_shared or o.expert_dim or o.capacity or o.z_loss):
+    if not o.n_expert and not getattr(PRESETS.get(o.preset), "moe", None) and (o.n_expert_shared or o.expert_dim or o.capacity or o.z_loss):
         raise UserError("Options of a mixture need --n-expert, the number of experts.")
     if o.preset not in PRESETS:
         raise UserError(f"--preset is one of {', '.join(PRESETS)}; not {o.preset!r}.")
@@ -1643,7 +1644,7 @@ def derive(o: Options, config: Config, world: int, device: torch.device) -> None
     if not 0 <= o.dropout < 1:
         raise UserError(f"--dropout {o.dropout} is not a share of the activations: 0 up to, not with, 1.")
     if config.moe and o.balance == "bias" and not config.moe.bias:
-        raise UserError(f"--balance bias needs a router that has a bias, and that of {o.init} has none: use --balance loss.")
+        raise UserError(f"--balance bias needs a router that has a bias, and that of {o.init or o.preset} has none: use --balance loss.")
     if o.capacity is not None and not o.capacity > 0:
         raise UserError("--capacity has to be above zero; 1.25 leaves a quarter of room over the mean.")
     if o.balance_rate is None:

@@ -521,8 +521,10 @@ def run(o: Options, *, resume: str | None = None, overwrite: bool = False) -> di
 
 def describe(o: Options, config: Config, train: list[Tokens], ranks) -> None:
     arch = config.to_hf()["architectures"][0]
-    kind = f"saved as {arch}" if config.causal else 'saved as model_type "octavo": no stock class is bidirectional'
-    say(f"{config.n_params() / 1e6:.1f}M parameters ({config.n_layer} layers, {config.n_embd} wide, context "
+    what = "has these experts" if config.causal else "is bidirectional"
+    kind = f'saved as model_type "octavo": no stock class {what}' if arch.startswith("Octavo") else f"saved as {arch}"
+    active = f", {config.n_params(active=True) / 1e6:.1f}M of them active" if config.moe else ""
+    say(f"{config.n_params() / 1e6:.1f}M parameters{active} ({config.n_layer} layers, {config.n_embd} wide, context "
         f"{config.seq_len}), {kind}")  # fmt: skip
     epochs = o.tokens_per_step * o.max_steps / sum(t.n for t in train)
     say(f"{o.max_steps} steps of {o.tokens_per_step:,} tokens = {epochs:.2f} epochs of "

@@ -127,7 +127,7 @@ def test_what_no_stock_class_can_say_is_octavos_own():
     for m in (KINDS["shared"], KINDS["groups"], MoEConfig(4, 2, 16, bias=True)):
         config = SMALL.replace(moe=m)
         hf = json.loads(json.dumps(config.to_hf()))
-        assert hf["model_type"] == "octavo"
+        assert hf["model_type"] == "octavo" and hf["architectures"] == ["OctavoForCausalLM"]
         assert Config.from_hf(hf) == config
 
 
