@@ -1421,7 +1421,8 @@ def build_optimizer(
     model, name: str = "muon", lr: float = 1e-3, weight_decay: float = 0.1, betas=(0.9, 0.95), mup_base=None,
     stand_ins: dict | None = None,
 ):
-    """AdamW on everything; or Muon on the layers' matrices and AdamW on the rest (embedding, norms, biases).
+    """AdamW on everything; or Muon on the layers' matrices (of experts one by one) and AdamW on the rest (embedding, norms,
+    biases).
 
     Weight decay acts on matrices only. Muon's update is scaled to the root mean square of AdamW's
     (Liu et al. 2025, 2502.16982, eq. 4), so that one learning rate serves both. mup_base: the width at which lr was

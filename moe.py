@@ -538,13 +538,14 @@ def size(
     n |= {"flops_per_token": 2.0 * config.matrix_params, "bytes_a_token": 2 * config.matrix_params}
     from rich.table import Table
 
-    table = Table("figure", "value", title=model, title_justify="left")
-    table.add_row("parameters", f"{n['parameters'] / 1e9:.3f}B")
-    table.add_row("active for a token", f"{n['active'] / 1e9:.3f}B ({n['active'] / n['parameters']:.0%})")
-    table.add_row("memory of all in bf16: they must all be there", f"{2 * n['parameters'] / 1e9:.2f} GB")
-    table.add_row("... with gradients and AdamW in float32, to train", f"{16 * n['parameters'] / 1e9:.2f} GB")
-    table.add_row("weights that one token of decoding reads, bf16", f"{n['bytes_a_token'] / 1e9:.2f} GB")
-    table.add_row("FLOPs of a token, forward, without attention", f"{n['flops_per_token'] / 1e9:.2f} G")
+    table, large = Table("figure", "value", title=model, title_justify="left"), n["parameters"] > 1e9
+    unit, B, GB, G = (1e9, "B", "GB", "G") if large else (1e6, "M", "MB", "M")
+    table.add_row("parameters", f"{n['parameters'] / unit:.2f}{B}")
+    table.add_row("active for a token", f"{n['active'] / unit:.2f}{B} ({n['active'] / n['parameters']:.0%})")
+    table.add_row("memory of all in bf16: they must all be there", f"{2 * n['parameters'] / unit:.2f} {GB}")
+    table.add_row("... with gradients and AdamW in float32, to train", f"{16 * n['parameters'] / unit:.2f} {GB}")
+    table.add_row("weights that one token of decoding reads, bf16", f"{n['bytes_a_token'] / unit:.2f} {GB}")
+    table.add_row("FLOPs of a token, forward, without attention", f"{n['flops_per_token'] / unit:.2f} {G}")
     console().print(table)
     return n
 
