@@ -1072,7 +1072,7 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
     ours = {hf_name(n, config): n for n in want}
     for path in sorted(folder.glob("model*.safetensors")):  # one file, or the shards of a large model
         for name, tensor in read_tensors(path, device):
-            name = ours.get(name, name)
+            name = ours.get(name, name.removeprefix("model."))
             if name not in want:
                 if name == "lm_head.weight" and config.tie or name.endswith("rotary_emb.inv_freq"):
                     continue

@@ -94,8 +94,8 @@ def test_config_that_no_class_expresses_is_octavo(config):
 
 def test_presets_are_stock_classes():
     for name, preset in PRESETS.items():
-        published = "LlamaForCausalLM" if name.startswith("llama") else "Qwen3ForCausalLM"
-        assert preset.to_hf()["architectures"] == [published]
+        published = {"llama": "Llama", "mixtral": "Mixtral", "qwen3": "Qwen3Moe"}.get(name.split("-")[0], "Qwen3")
+        assert preset.to_hf()["architectures"] == [f"{published}ForCausalLM"]
 
 
 @pytest.mark.parametrize(
