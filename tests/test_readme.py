@@ -84,7 +84,7 @@ def test_command(home, line):
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
     assert words[0] in ("python", sys.executable), f"{line}: only Python commands are shown"
     out = words[words.index("--out") + 1] if "--out" in words else "out/python"
-    if {"train.py", "parallel.py"} & set(words) and not {"--resume", "--count-communication"} & set(words):
+    if {"train.py", "parallel.py"} & set(words) and not {"--resume", "--count-communication", "plan"} & set(words):
         shutil.rmtree(home / out, ignore_errors=True)
     words[0] = sys.executable
     done = subprocess.run(words, cwd=home, capture_output=True, text=True, timeout=300, input="")

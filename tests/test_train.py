@@ -317,9 +317,9 @@ def poison(monkeypatch, steps):
     real, count = train.Step.backward, [0]
 
     def backward(self, batches, step):
-        total, tokens = real(self, batches, step)
+        total, *rest = real(self, batches, step)
         count[0] += 1
-        return (total * float("nan") if count[0] in steps else total), tokens
+        return (total * float("nan") if count[0] in steps else total), *rest
 
     monkeypatch.setattr(train.Step, "backward", backward)
 
