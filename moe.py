@@ -160,10 +160,14 @@ def gather(rows, place, weights):
     that was dropped, adds nothing."""
     if not len(rows):
         return rows.new_zeros(len(place), rows.shape[1])
-    weights, place = weights.masked_fill(place < 0, 0), place.clamp(min=0)
+    dropped = place < 0
+    weights, place = weights.masked_fill(dropped, 0), place.clamp(min=0)
     if rows.device.type == "cpu":  # one pass, where the other form takes ten times as long
-        return F.embedding_bag(place, rows, per_sample_weights=weights, mode="sum")
-    return torch.bmm(weights.unsqueeze(1), rows.index_select(0, place.flatten()).view(*place.shape, -1)).squeeze(1)
+        y = F.embedding_bag(place, rows, per_sample_weights=weights, mode="sum")
+    else:
+        y = torch.bmm(weights.unsqueeze(1), rows.index_select(0, place.flatten()).view(*place.shape, -1)).squeeze(1)
+    # where every choice of the batch was dropped, row 0 is what a grouped product left unwritten, and 0 * NaN is NaN
+    return y.masked_fill_(dropped.all(1, keepdim=True), 0)
 
 
 def loop(experts, x, chosen, weights):
