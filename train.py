@@ -160,13 +160,13 @@ class Step:
     def backward(self, batches, step: int):
         """Accumulate the gradient of the mean loss over all tokens of all ranks.
 
-        -> (this rank's sum of losses, its part of the auxiliary losses, tokens of all ranks)"""
+        -> (this rank's sum of losses, its part of the auxiliary losses, targets of all ranks, windows of all ranks)"""
         o, r = self.o, self.ranks
         targets, rows = sum((y != IGNORE).sum() for _, y, _ in batches), sum(len(x) for x, _, _ in batches)
         counts = torch.tensor([float(targets), float(rows)], device=r.device)
         if r.world > 1:
             torch.distributed.all_reduce(counts)
-        tokens, rows = counts
+        targets, rows = counts
         if o.dropout:
             torch.manual_seed(seed_of(o.seed, step, r.rank))
         total = aux_total = torch.zeros((), device=r.device)
@@ -177,18 +177,18 @@ class Step:
             with contextlib.nullcontext() if last or r.world == 1 else self.forward.no_sync():
                 losses, aux = self.forward(x, y, doc_ids=docs)  # (B, T)
                 aux = aux * (len(x) / rows)  # means over sequences
-                loss = losses.sum() / tokens + aux[:, 0].sum()
+                loss = losses.sum() / targets + aux[:, 0].sum()
                 (loss * (self.scale * r.world)).backward()  # DDP divides by the number of ranks: undo that
             total, aux_total = total + losses.detach().sum(), aux_total + aux.detach()
-        return total, aux_total, tokens
+        return total, aux_total, targets, rows
 
     def __call__(self, step: int, lr: float, stop: bool) -> dict:
-        """-> {"loss", "grad_norm", "tokens", "stop"}: the mean loss, and whether any rank was asked to stop; with experts,
-        what `routing_record` says of them."""
+        """-> {"loss", "grad_norm", "tokens", "stop"}: the mean loss over the targets, the tokens that were read (a masked
+        model's targets are fewer), whether any rank was asked to stop; with experts, what `routing_record` says of them."""
         batches, taken = self.next.result()
         self.prefetch(step + 1, taken)
         self.optimizer.set_lr(lr)
-        total, aux, tokens = self.backward(batches, step)
+        total, aux, targets, rows = self.backward(batches, step)
         params = [p for p in self.model.parameters() if p.grad is not None]
         if self.scale != 1.0:
             torch._foreach_div_([p.grad for p in params], self.scale)
@@ -198,8 +198,8 @@ class Step:
             torch.distributed.all_reduce(stats)
         # The one moment in a step when the host waits for the device: an update must not be made of a NaN.
         aux = stats[2:].view_as(aux)
-        loss, asked, norm, tokens = torch.stack([*stats[:2], norm.float(), tokens]).tolist()
-        loss /= tokens
+        loss, asked, norm, targets, rows = torch.stack([*stats[:2], norm.float(), targets, rows]).tolist()
+        loss /= targets
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
             if self.o.balance == "bias":
@@ -212,7 +212,7 @@ class Step:
             self.scale = self.scale / 2 if self.bad else self.scale * 2 if self.good % 1000 == 999 else self.scale
         self.taken = taken
         record = routing_record(aux, self.model.config)
-        return {"loss": loss, "grad_norm": norm, "tokens": int(tokens), "stop": asked > 0} | record
+        return {"loss": loss, "grad_norm": norm, "tokens": int(rows) * self.model.config.seq_len, "stop": asked > 0} | record
 
     def measure_noise(self, step: int, parts: int = 8) -> float:
         """The critical batch size in tokens, from the gradients of `parts` pieces of one step's windows."""
