@@ -104,6 +104,7 @@ class Config:
     window: tuple[int | None, ...] = ()  # per layer: a token sees the last `window` ones, itself included
     causal: bool = True  # False: every token sees every other (masked language modelling)
     tie: bool = True  # the output matrix is the embedding
+    head: str = "lm"  # or "score": one number a token, for a reward model or a critic
     eos_id: int | None = None
     pad_id: int | None = None
     moe: MoEConfig | None = None  # None: every layer is dense
@@ -119,6 +120,8 @@ class Config:
                 f"{self.n_head} heads cannot share {self.n_kv_head} key-value heads evenly: "
                 "choose n_kv_head among the divisors of n_head."
             )
+        if self.head not in ("lm", "score"):
+            raise UserError(f"A model ends in a head of kind lm or score, not {self.head!r}.")
         if self.head_dim % 2:
             raise UserError(f"head_dim is {self.head_dim}, but RoPE rotates pairs: choose an even one.")
         if len(self.window) != self.n_layer:
@@ -133,10 +136,13 @@ class Config:
         """config.json as the stock class that this config exactly is, or as model_type "octavo"."""
         name, family = next(((n, f) for n, f in FAMILIES.items() if f.fits(self)), (None, None))
         name = name or ("OctavoForCausalLM" if self.causal else "OctavoForMaskedLM")
+        name = name if self.head == "lm" else f"{name.partition('For')[0]}{SCORE}"
         hf = {key: getattr(self, ours) for ours, key in HF_KEYS.items()}
         hf |= {"architectures": [name], "model_type": family.model_type if family else "octavo"}
         hf |= {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "dtype": "float32"}
         hf |= {"rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta}}
+        if self.head == "score":
+            hf |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}  # transformers counts the scores by these
         if not family:
             return hf | {"qk_norm": self.qk_norm, "qkv_bias": self.qkv_bias, "window": list(self.window),
                          "causal": self.causal, "moe": self.moe and dataclasses.asdict(self.moe)}  # fmt: skip
@@ -158,6 +164,11 @@ class Config:
         """The config of a Hugging Face folder; a UserError that names what is not supported."""
         arch = (hf.get("architectures") or ["?"])[0]
         ours = hf.get("model_type") == "octavo"
+        head = "score" if arch.endswith(SCORE) else "lm"
+        if head == "score":
+            arch = arch.replace(SCORE, "ForCausalLM")
+            if (scores := len(hf.get("id2label") or (0, 1))) != 1:
+                raise UserError(f"This model gives {scores} scores to a text; only one (a reward) is supported.")
         if not ours and arch not in FAMILIES:
             raise UserError(f"A {arch} cannot be opened yet; the families are {', '.join(FAMILIES)}.")
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
@@ -174,6 +185,7 @@ class Config:
         fields.setdefault("tie", False)  # the classes' default, not ours
         fields.setdefault("n_kv_head", fields["n_head"])
         fields.setdefault("head_dim", fields["n_embd"] // fields["n_head"])
+        fields["head"] = head
         if isinstance(fields.get("eos_id"), list):
             fields["eos_id"] = fields["eos_id"][0]
         if ours:
@@ -204,9 +216,10 @@ class Config:
     @property
     def matrix_params(self) -> int:
         """Weights that multiply a token: its layers' matrices and the output matrix (the lookup is free)."""
+        out = self.vocab_size if self.head == "lm" else 1
         attn = self.n_embd * self.head_dim * (2 * self.n_head + 2 * self.n_kv_head)
         ffn = sum(self.ffn_params(i, active=True) for i in range(self.n_layer))
-        return self.n_layer * attn + ffn + self.vocab_size * self.n_embd
+        return self.n_layer * attn + ffn + out * self.n_embd
 
     def block_params(self, layer: int, active: bool = False) -> int:
         """Of one layer, norms and biases included."""
@@ -217,7 +230,8 @@ class Config:
 
     def n_params(self, active: bool = False) -> int:
         """All parameters, in closed form, or those that a token meets; a test holds it equal to the sum over the module."""
-        tables = self.vocab_size * self.n_embd * (1 if self.tie else 2)
+        out = 1 if self.head == "score" else 0 if self.tie else self.vocab_size
+        tables = (self.vocab_size + out) * self.n_embd
         return sum(self.block_params(i, active) for i in range(self.n_layer)) + self.n_embd + tables
 
     def flops_per_token(self, T: int | None = None) -> float:
@@ -324,6 +338,8 @@ def pad_vocab(n: int, multiple: int = 64) -> int:
     return -(-n // multiple) * multiple
 
 
+SCORE = "ForSequenceClassification"  # how a stock class with a score head is called, after its family's name
+
 # Our field -> the key in config.json. All four families share these.
 HF_KEYS = {
     "vocab_size": "vocab_size", "seq_len": "max_position_embeddings", "n_layer": "num_hidden_layers",
@@ -364,6 +380,7 @@ class Family:
         # Qwen2 derives head_dim from the width and does not read the key
         head = self.model_type != "qwen2" or config.head_dim * config.n_head == config.n_embd
         same = (self.qk_norm, self.qkv_bias) == (config.qk_norm, config.qkv_bias)
+        same = same and (config.head == "lm" or self.model_type != "dots1")  # transformers has no such class
         return config.causal and same and windows and head
 
 
@@ -681,11 +698,14 @@ class Transformer(nn.Module):
         self.first, self.last = 0 in layers, config.n_layer - 1 in layers
         self.compute_dtype: torch.dtype | None = None  # of activations; None: as the parameters
         self.recompute = "none"  # activations kept for the backward pass: all; see `remember`
-        if self.first or config.tie and self.last:
+        if self.first or config.tie and self.last and config.head == "lm":
             self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in layers})
         if self.last:
             self.norm = RMSNorm(config.n_embd, config.norm_eps)
+            if config.head == "score":
+                self.score = Linear(config.n_embd, 1, bias=False)
+                return
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
             if config.tie:
                 self.lm_head.weight = self.embed_tokens.weight
@@ -697,6 +717,7 @@ class Transformer(nn.Module):
         positions       (T,) consecutive or (B, T) any, 0.. by default (with a cache: from its end); -1 is padding
         doc_ids (B, T)  tokens of different documents do not see each other
         output          "logits" (B, T, V) | "last" (B, 1, V): the last position's | "hidden" (B, T, C)
+                        with a score head, in the place of the logits: a number a token (B, T) or (B, 1), float32
         aux             (L, 1), with experts (L, 5 + E): what each layer adds to the loss, and what it saw (`AUX`; while
                         training). A later stage is given the earlier one's
         """
@@ -724,6 +745,8 @@ class Transformer(nn.Module):
         x = self.norm(x[:, -1:] if output == "last" else x)
         if output == "hidden":
             return x, aux
+        if self.config.head == "score":
+            return self.score(x).squeeze(-1).float(), aux
         if targets is None:
             return self.lm_head(x), aux
         return token_losses(x, self.lm_head, targets, self.config.vocab_size), aux
@@ -876,6 +899,10 @@ class Cache:
         self.v[layer, :, :, start : self.n] = v
         return self.k[layer, :, :, : self.n], self.v[layer, :, :, : self.n]
 
+    def keep(self, rows) -> None:
+        """Go on with these rows of the batch only."""
+        self.k, self.v, self.positions = self.k[:, rows], self.v[:, rows], self.positions[rows]
+
     def rewind(self, n: int) -> None:
         """Forget all but the first n slots (a rejected draft, a turn taken back)."""
         self.positions[:, n:] = -1
@@ -887,8 +914,8 @@ class Cache:
 
 
 @torch.inference_mode()
-def generate(model, prompts: list[list[int]], max_new_tokens: int, pick: Callable | None = None, eos_id=None):
-    """Continue each prompt: plain, batched, cached. -> the new ids of each, up to and with eos_id.
+def generate(model, prompts: list[list[int]], max_new_tokens: int, pick: Callable | None = None, eos_id=()):
+    """Continue each prompt: plain, batched, cached. -> the new ids of each, up to and with eos_id (one, or several).
 
     pick: logits (B, V) -> ids (B,), greedy by default; sample.py has the others. Prompts are padded on the left
     with position -1, so every row's next token is in the same slot; positions, not slots, are what counts.
@@ -897,6 +924,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, pick: Callabl
     if not prompts or not all(prompts):
         raise UserError("A prompt needs at least one token: begin with the end-of-text token.")
     device = next(model.parameters()).device
+    stop = set(eos_id) if isinstance(eos_id, (list, tuple, set, frozenset)) else {eos_id}
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     B, T = len(prompts), int(lengths.max())
     ids = torch.tensor([[p[0]] * (T - len(p)) + p for p in prompts], device=device)
@@ -905,17 +933,24 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, pick: Callabl
     positions = positions.clamp(min=-1) if pads.any() else positions[0]
     dtype = model.compute_dtype or next(model.parameters()).dtype
     cache = Cache(model.config, B, T + max_new_tokens, device, dtype)
-    out, done = [[] for _ in prompts], [False] * B
+    out, live = [[] for _ in prompts], list(range(B))  # live: the prompts that the rows of the batch belong to
     for _ in range(max_new_tokens):
         logits, _ = model(ids, positions=positions, cache=cache, output="last")
         ids = (pick or greedy)(logits[:, -1].float())[:, None]  # (B, 1)
         positions = positions[..., -1:] + 1
+        going = []
         for row, token in enumerate(ids[:, 0].tolist()):
-            if not done[row]:
-                out[row].append(token)
-                done[row] = token == eos_id
-        if all(done):
+            if not out[live[row]] or out[live[row]][-1] not in stop:
+                out[live[row]].append(token)
+                if token not in stop:
+                    going.append(row)
+        if not going:
             break
+        if len(going) <= len(live) * 3 // 4:  # rows that have ended cost as much as the others: let them go
+            rows = torch.tensor(going, device=device)
+            ids, live = ids[rows], [live[row] for row in going]
+            positions = positions[rows] if positions.dim() > 1 else positions
+            cache.keep(rows)
     return out
 
 
@@ -931,6 +966,27 @@ CHAT_TEMPLATE = (  # ChatML
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def render(tokenizer, messages: list[dict], reply: bool = False) -> tuple[list[int], list[bool]]:
+    """CHAT_TEMPLATE in tokens: the ids of [{"role", "content"}, ...], and of each whether the assistant wrote it (the end
+    of its turn included), which is what fine-tuning trains.
+
+    reply: with the header of the assistant's turn at the end, for it to go on. What a message contains is ordinary
+    text: a user who writes <|im_end|> ends nothing.
+    """
+    if tokenizer.im_start_id is None or tokenizer.im_end_id is None:
+        raise UserError("This tokenizer has no <|im_start|> and <|im_end|>: it was not made for conversations.")
+    ids, own, newline = [], [], tokenizer.encode("\n")
+    for message in messages:
+        header = len(tokenizer.encode(message["role"] + "\n"))
+        text = tokenizer.encode(f"{message['role']}\n{message['content']}")
+        ids += [tokenizer.im_start_id, *text, tokenizer.im_end_id, *newline]
+        own += [False] * (1 + header) + [message["role"] == "assistant"] * (len(text) - header + 1) + [False] * len(newline)
+    if reply:
+        header = [tokenizer.im_start_id, *tokenizer.encode("assistant\n")]
+        ids, own = ids + header, own + [False] * len(header)
+    return ids, own
 
 
 def load_tokenizer(folder: str | Path):
@@ -1024,7 +1080,7 @@ def hf_name(name: str, config: Config) -> str:
     if config.moe and FAMILIES["MixtralForCausalLM"].fits(config):
         for ours, theirs in MIXTRAL.items():
             name = name.replace(ours, theirs)
-    return name if name.startswith("lm_head.") else f"model.{name}"
+    return name if name.startswith(("lm_head.", "score.")) else f"model.{name}"
 
 
 def save_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
@@ -1085,7 +1141,7 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
     if missing := want.keys() - found.keys():
         raise UserError(f"{folder} lacks {len(missing)} tensors, {sorted(missing)[0]} among them.")
     model.load_state_dict(found, strict=False, assign=True)
-    if config.tie:
+    if config.tie and config.head == "lm":
         model.lm_head.weight = model.embed_tokens.weight
     return model.eval()
 
@@ -1509,7 +1565,7 @@ class Options:
     seed: int = option(0, "Of the weights and the order of the data.")
 
 
-def run_command(main: Callable, leave_out: tuple[str, ...] = ()) -> Callable:
+def run_command(main: Callable, leave_out: tuple[str, ...] = (), options: type = Options) -> Callable:
     """`main(given, ...)` as a typer command that also has the Options (but those left out) as its options.
 
     given: those that the user wrote, as Options takes them; what was left at its default is not in it.
@@ -1519,8 +1575,8 @@ def run_command(main: Callable, leave_out: tuple[str, ...] = ()) -> Callable:
 
     import typer
 
-    types = get_type_hints(Options)
-    fields = [f for f in dataclasses.fields(Options) if f.name not in leave_out]
+    types = get_type_hints(options)
+    fields = [f for f in dataclasses.fields(options) if f.name not in leave_out]
 
     def command(ctx: typer.Context, **values):
         if ctx.invoked_subcommand:  # where this is the callback of a group of commands
@@ -1667,14 +1723,14 @@ def derive(o: Options, config: Config, world: int, device: torch.device) -> None
     o.dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[pick_dtype(o.dtype, device)]
 
 
-def resumed(folder: str, given: dict, state: dict | None = None) -> Options:
+def resumed(folder: str, given: dict, state: dict | None = None, kind: type = Options) -> Options:
     """The options of a run to go on with, those given now on top where that keeps the run the same run."""
     state = state or load_state(folder)[1]
     if state["finished"] and given.get("max_steps", 0) <= state["at"]:
         raise UserError(f"{folder} is finished: there is nothing to resume (a larger --max-steps trains it further).")
     free = {"max_steps", "device", "micro_batch", "save_interval", "eval_interval", "eval_tokens", "target_loss",
-            "patience", "noise_scale", "recompute"}  # fmt: skip
-    options = Options(**{**state["options"], "data": tuple(state["options"]["data"]), "out": folder})
+            "patience", "noise_scale", "recompute", "micro_tokens"}  # fmt: skip
+    options = kind(**{**state["options"], "data": tuple(state["options"]["data"]), "out": folder})
     for name, value in given.items():
         if name in free:
             setattr(options, name, value)

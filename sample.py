@@ -12,6 +12,7 @@ repetition.
     python sample.py out/python --prompt "def fib(n):" --max-new-tokens 100 --temperature 0
     python sample.py out/python --num-samples 3 --seed 1 --json  # one JSON object a sample
     python sample.py out/masked --fill "for i in <|mask|>(10):"  # a folder of `train.py --objective mlm`
+    python sample.py out/sft --chat                              # talk with a folder of align.py
 
 Top-p (nucleus): Holtzman et al. 2020 (1904.09751). Top-k: Fan et al. 2018 (1805.04833). The Gumbel-max trick:
 Gumbel 1954; Maddison et al. 2014 (1411.0030).
@@ -44,6 +45,7 @@ from model import (
     pick_device,
     pick_dtype,
     read_json,
+    render,
     run_app,
     say,
     synchronize,
@@ -263,6 +265,7 @@ def main(
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Read the whole text anew for each token.")] = False,
     fill_text: Annotated[str | None, typer.Option("--fill", help="Fill a text's <|mask|>s (masked models).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a sample (text: without prompt).")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Talk with it: /reset forgets, Ctrl-C ends an answer.")] = False,
 ) -> None:
     """Write text with a checkpoint, after the prompt, to standard output; how fast it went to standard error."""
     for ok, sentence in (
@@ -281,6 +284,13 @@ def main(
     check(not config.causal or fill_text is None, f"{folder} is no masked model: give it a --prompt, not --fill.")
     check(tokenizer.n_vocab <= config.vocab_size, f"The tokenizer of {folder} is another model's: it has "
           f"{tokenizer.n_vocab} ids, and config.json {config.vocab_size}.")  # fmt: skip
+    check(config.head == "lm", f"{folder} is a reward model: it gives scores, not text.")
+    if chat:
+        check(fill_text is None and not as_json and not prompt, "--chat reads what you type: no --prompt, --fill or --json.")
+        seed = torch.Generator().seed() % 2**31 if seed is None else seed
+        pick = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, n_vocab=tokenizer.n_vocab,
+                       generator=torch.Generator(where).manual_seed(seed))  # fmt: skip
+        return talk(load_model(folder, where, decode_dtype(dtype, where, config)), tokenizer, max_new_tokens, pick)
     text = read_text(prompt if fill_text is None else fill_text)
     ids = encode_prompt(tokenizer, config, text, ("<|mask|>",) if fill_text is not None else ())
     total = len(ids) + max_new_tokens * config.causal
@@ -317,6 +327,65 @@ def main(
         elif sys.stderr.isatty():
             rate = f", then {speed:.1f} tok/s" if speed else ""
             say(f"[dim]a prompt of {len(ids)} tokens in {prefill_ms:.0f} ms{rate}; --seed {seed + i}[/]")
+
+
+def talk(model, tokenizer, max_new_tokens: int, pick) -> None:
+    """A chat: each line of standard input is a message (one that ends in a backslash goes on in the next line), and the
+    answer is written as it comes. /reset forgets what was said, /exit or the end of the input ends.
+
+    Ctrl-C ends the answer; while nothing is being answered, the program. Of a talk that outgrows the context the oldest
+    turns are forgotten, and that is said."""
+    context, device = model.config.seq_len, next(model.parameters()).device
+    reader, turns, read = Reader(model, context), [], 0  # turns: the ids of each question with its answer; read: in the cache
+    stop = frozenset({tokenizer.im_end_id, tokenizer.eot_id} - {None})
+    say("[dim]/reset forgets, /exit ends, Ctrl-C ends an answer; a line that ends in \\\\ goes on in the next[/]")
+    while (line := read_message()) is not None:
+        if line.strip() == "/reset":
+            turns, read = [], 0
+            say("[dim]forgotten[/]")
+            continue
+        if line.strip() == "/exit":
+            return
+        question, _ = render(tokenizer, [{"role": "user", "content": line}], reply=True)
+        if len(question) >= context:
+            say(f"[yellow]warning:[/] that is {len(question)} tokens, more than the context of {context}: say it shorter.")
+            continue
+        before = len(turns)
+        while sum(map(len, turns)) + len(question) + min(max_new_tokens, context // 4) > context and turns:
+            turns, read = turns[1:], 0
+        if len(turns) < before:
+            say(f"[dim](the oldest {before - len(turns)} of {before} turns are forgotten: the context has {context} tokens)[/]")
+        ids = [*sum(turns, []), *question]
+        reader.rewind(read)
+        logits, new = reader.read(torch.tensor([ids[read:]], device=device)), []
+        tokens = stream(reader, logits, min(max_new_tokens, context - len(ids)), pick, stop)
+        try:
+            write_stream("", tokens, tokenizer, stop, new, sys.stdout)
+        except KeyboardInterrupt:
+            print(flush=True)
+        # the last token was not read; and a turn that was cut off is ended, as all that the model has seen were
+        read = len(ids) + max(0, len(new) - 1)
+        ended = new[:-1] if new and new[-1] in stop else new
+        turns.append([*question, *ended, tokenizer.im_end_id, *tokenizer.encode("\n")])
+
+
+def read_message() -> str | None:
+    """What the user types up to a line that does not end in a backslash; None at the end of the input."""
+    lines = []
+    while True:
+        if sys.stdin.isatty():
+            sys.stderr.write("... " if lines else "> ")
+            sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line:
+            return "\n".join(lines) or None
+        if not (line := line.rstrip("\r\n")).endswith("\\"):
+            lines.append(line)
+            if any(part.strip() for part in lines):
+                return "\n".join(lines)
+            lines = []
+            continue
+        lines.append(line[:-1])
 
 
 def print_filled(model, tokenizer, ids: list[int], as_json: bool) -> None:

@@ -1,0 +1,1414 @@
+"""From a text predictor to something that does what was asked: instructions (SFT), preferences (reward model, DPO).
+
+A pretrained model goes on with a text. Shown conversations and trained on the assistant's words only (SFT), it answers.
+Shown two answers of which one is better, it learns which (reward model), or learns to write the better one (DPO),
+without ever leaving the model it began as too far behind (the reference). Everything here works offline on the default
+data: Python functions, where a signature and a docstring are the instruction, the body is the answer, and whether it
+parses, defines what was asked for, uses its parameters and does something is decided by `ast`, not by a judge.
+
+    python align.py data                                # instructions from the data folder's own modules
+    python align.py sft                                 # out/python -> out/sft;  --show-mask prints what is trained
+    python align.py pairs out/sft                       # its own answers, ranked by the checks
+    python align.py dpo --model out/sft --data data/pairs.jsonl
+    python align.py reward --model out/sft --data data/pairs.jsonl
+    python align.py evaluate out/dpo --against out/sft
+    python align.py label out/sft                       # which of two answers do you prefer?
+
+Text that a model wrote is parsed and compiled, never executed. Left out: a second tokenizer for the judge, images.
+
+SFT and rankings: Ouyang et al. 2022 (2203.02155). DPO: Rafailov et al. 2023 (2305.18290). IPO: Azar et al. 2023
+(2310.12036). Noisy labels: Mitchell 2023 (cDPO); Chowdhury et al. 2024 (2403.00409). SimPO: Meng et al. 2024
+(2405.14734). LoRA: Hu et al. 2021 (2106.09685). ChatML: OpenAI 2023.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import itertools
+import json
+import math
+import random
+import re
+import sys
+import textwrap
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import typer
+
+from model import (
+    IGNORE,
+    Linear,
+    Log,
+    Stopping,
+    Tokens,
+    Transformer,
+    UserError,
+    build_optimizer,
+    check_out,
+    console,
+    default_data,
+    find_checkpoint,
+    generate,
+    load_model,
+    load_state,
+    load_tokenizer,
+    lr_at,
+    option,
+    pick_device,
+    pick_dtype,
+    render,
+    resumed,
+    run_app,
+    run_command,
+    save_checkpoint,
+    say,
+    seed_of,
+    setup_distributed,
+    write_text,
+)  # fmt: skip
+from model import evaluate as evaluate_text
+
+# B batch, T tokens of a row, V vocabulary, n examples of a batch (several stand in one row).
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__.split("\n\n")[0])
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The idea, I: a conversation as tokens, and whose words are trained
+
+
+class Example(NamedTuple):
+    """A conversation in tokens, as `model.render` gives it; trained[i]: did the assistant write token i?"""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+def pack(lengths: list[int], T: int) -> list[list[int]]:
+    """Which examples share a row of T tokens: first fit, the longest first.
+
+    >>> pack([3, 5, 2, 4], 8)
+    [[1, 0], [3, 2]]
+    """
+    rows, room = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, left in enumerate(room) if left >= lengths[i]), None)
+        if row is None:
+            rows, room, row = [*rows, []], [*room, T], len(rows)
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return rows
+
+
+class Batch(NamedTuple):
+    """n examples in rows: each sees itself only (docs), and counts its positions from 0."""
+
+    x: torch.Tensor  # ids (B, T)
+    y: torch.Tensor  # the token after each where it is trained, else IGNORE
+    positions: torch.Tensor  # -1 is padding
+    docs: torch.Tensor  # number of the example; -1 is padding
+    last: torch.Tensor  # (n,) where each ends, in the flattened rows
+    lengths: torch.Tensor  # (n,) trained tokens of each
+
+
+def collate(examples: list[Example], T: int, device="cpu") -> Batch:
+    rows = pack([len(e.ids) for e in examples], T)
+    T = max(sum(len(examples[i].ids) for i in row) for row in rows)
+    x, y = torch.zeros(len(rows), T, dtype=torch.long), torch.full((len(rows), T), IGNORE)
+    positions, docs = torch.full_like(x, -1), torch.full_like(x, -1)
+    last = torch.zeros(len(examples), dtype=torch.long)
+    for r, row in enumerate(rows):
+        start = 0
+        for i in row:
+            ids, trained = (torch.tensor(part) for part in examples[i])
+            end = start + len(ids)
+            x[r, start:end], positions[r, start:end], docs[r, start:end] = ids, torch.arange(len(ids)), i
+            y[r, start : end - 1] = ids[1:].where(trained[1:], IGNORE)  # the next example's first token is no target
+            last[i], start = r * T + end - 1, end
+    lengths = torch.tensor([float(sum(e.trained[1:])) for e in examples])
+    return Batch(*(t.to(device) for t in (x, y, positions, docs, last, lengths)))
+
+
+def logps(model, batch: Batch):
+    """log p(the assistant's words | the rest) of each example: (n,), float32."""
+    losses, _ = model(batch.x, batch.y, positions=batch.positions, doc_ids=batch.docs)  # (B, T), 0 where not trained
+    sums = torch.zeros(len(batch.last) + 1, device=losses.device)  # (the padding has its own, at the end)
+    return sums.index_add(0, batch.docs.flatten() % len(sums), -losses.flatten())[:-1]
+
+
+def rewards(model, batch: Batch):
+    """The score head at the last token of each example: (n,), float32."""
+    return model(batch.x, positions=batch.positions, doc_ids=batch.docs)[0].flatten()[batch.last]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The idea, II: losses on preferences. chosen, rejected (n,): log p(answer) of the policy minus that of the reference
+
+
+def dpo_loss(chosen, rejected, beta: float = 0.1, label_smoothing: float = 0.0):
+    """-log sigmoid(beta * margin) (2305.18290, eq. 7): what the policy says more of the chosen answer than the reference
+    does, against the same of the rejected one. ln 2 at the start, where both are nothing.
+
+    label_smoothing: the share of labels thought to be wrong (cDPO): the optimum is then a finite margin.
+
+    >>> dpo_loss(torch.tensor([2.0]), torch.tensor([1.0]), beta=1.0).item()  # ln(1 + 1/e)
+    0.31326...
+    """
+    h = beta * (chosen - rejected)
+    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+
+
+def robust_loss(chosen, rejected, beta: float = 0.1, label_smoothing: float = 0.0):
+    """DPO's loss without the bias that wrong labels give it (2403.00409, eq. 12): its mean over flipped labels is the
+    loss of the true ones. It may be negative."""
+    h = beta * (chosen - rejected)
+    return -((1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)) / (1 - 2 * label_smoothing)
+
+
+def ipo_loss(chosen, rejected, beta: float = 0.1):
+    """(margin - 1 / (2 beta))^2 (2310.12036, eq. 17): a margin to reach, where DPO's wants ever more. On means per token.
+
+    >>> ipo_loss(torch.tensor([2.0]), torch.tensor([1.0]), beta=0.25).item()
+    1.0
+    """
+    return (chosen - rejected - 1 / (2 * beta)) ** 2
+
+
+def simpo_loss(chosen, rejected, beta: float = 2.0, gamma: float = 1.0):
+    """-log sigmoid(beta * margin - gamma) (2405.14734, eq. 6), on means per token of the policy alone: no reference."""
+    return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+
+
+class Variant(NamedTuple):
+    """How a preference loss takes log p: as a sum over the answer or a mean, with a reference or without."""
+
+    loss: Callable
+    mean: bool
+    reference: bool
+    options: tuple[str, ...] = ()
+
+
+VARIANTS = {
+    "dpo": Variant(dpo_loss, mean=False, reference=True, options=("label_smoothing",)),
+    "robust": Variant(robust_loss, mean=False, reference=True, options=("label_smoothing",)),
+    "norm": Variant(dpo_loss, mean=True, reference=True, options=("label_smoothing",)),  # DPO on means per token
+    "ipo": Variant(ipo_loss, mean=True, reference=True),
+    "simpo": Variant(simpo_loss, mean=True, reference=False, options=("gamma",)),
+}
+
+
+def ranking_loss(scores):
+    """Bradley-Terry over all pairs of a ranking, the best first: -log sigmoid(better - worse), mean (2203.02155, eq. 1).
+
+    scores (K,) -> a number.
+
+    >>> ranking_loss(torch.tensor([1.0, 0.0])).item()
+    0.31326...
+    """
+    better, worse = torch.triu_indices(len(scores), len(scores), 1)
+    return -F.logsigmoid(scores[better] - scores[worse]).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The idea, III: LoRA
+
+
+class LoRA(Linear):
+    """W x + (alpha / r) B A x with W frozen (2106.09685, eq. 3). B begins at zero, so training begins at the base model."""
+
+    def forward(self, x):
+        return super().forward(x) + (x @ self.lora_A.to(x.dtype).T) @ self.lora_B.to(x.dtype).T * self.scale
+
+
+def add_lora(model: Transformer, rank: int, alpha: float, seed: int) -> None:
+    """On every matrix of attention and of the dense feed-forward parts; all but these and a score head is frozen."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name == "score.weight")
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and name.startswith("layers.") and (".self_attn." in name or name.count(".") == 3):
+            module.__class__, module.scale = LoRA, alpha / rank
+            generator = torch.Generator().manual_seed(seed_of(seed, name))
+            start = torch.randn(rank, module.in_features, generator=generator) * module.in_features**-0.5
+            module.lora_A = nn.Parameter(start.to(module.weight))
+            module.lora_B = nn.Parameter(module.weight.new_zeros(module.out_features, rank))
+
+
+@torch.no_grad()
+def merged(model: Transformer) -> dict:
+    """The weights with B A added to W: a folder like any other."""
+    weights = {n: p for n, p in model.state_dict().items() if not n.endswith(("lora_A", "lora_B"))}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRA):
+            weights[f"{name}.weight"] = module.weight + module.lora_B @ module.lora_A * module.scale
+    return weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The idea, IV: a reward that nobody has to label. Text of a model is parsed and compiled, never executed
+
+CHECKS = ("parses", "compiles", "defines", "uses", "content", "ends")
+WORK = (ast.Call, ast.BinOp, ast.BoolOp, ast.UnaryOp, ast.Compare, ast.Subscript, ast.Attribute, ast.JoinedStr, ast.For,
+        ast.While, ast.With, ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp)  # fmt: skip
+MAX_CHARS, MAX_DEPTH = 10_000, 20  # of brackets, and of indentation: the parser's time grows with both
+
+
+def parse(code: str) -> ast.Module | None:
+    """The syntax tree, or None where it is no Python, or longer or deeper than anybody writes."""
+    depth = deepest = 0
+    for c in code:
+        depth += (c in "([{") - (c in ")]}")
+        deepest = max(deepest, depth)
+    indents = max((len(line) - len(line.lstrip()) for line in code.splitlines()), default=0)
+    if len(code) > MAX_CHARS or deepest > MAX_DEPTH or indents > 4 * MAX_DEPTH or "\0" in code:
+        return None
+    try:
+        with warnings.catch_warnings(action="ignore"):  # "\d" in a string
+            return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def compiles(tree: ast.Module) -> bool:
+    """What the parser lets pass and the compiler does not: `return` outside, `nonlocal` without, names twice."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            compile(tree, "<answer>", "exec", dont_inherit=True)
+        return True
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
+        return False
+
+
+def words(text: str) -> set[str]:
+    """
+    >>> sorted(words("def readLine(file_name): ..."))
+    ['def', 'file', 'line', 'name', 'read']
+    """
+    return {w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", text) if len(w) > 2}
+
+
+def works(node: ast.FunctionDef, first_line: int) -> bool:
+    """Do the statements from this line on do anything? `pass`, `...`, a docstring, `return None`, `return a, b`, a lone
+    `raise NotImplementedError()` and calling oneself with one's own parameters do not."""
+    params = [a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)]
+    for call in (n for n in ast.walk(node) if isinstance(n, ast.Call)):
+        given = [getattr(a, "id", None) for a in call.args]
+        if getattr(call.func, "id", getattr(call.func, "attr", None)) == node.name and given == [p for p in params if p != "self"]:
+            return False
+    statements = [s for s in ast.walk(node) if isinstance(s, ast.stmt) and s.lineno >= first_line]
+    done = (s for s in statements if not isinstance(s, (ast.Raise, ast.Assert, ast.Pass)))
+    return any(isinstance(n, WORK) for s in done for n in ast.walk(s) if not isinstance(n, ast.Raise))
+
+
+def grade(check: dict, answer: str, ended: bool) -> dict[str, bool]:
+    """What can be verified of an answer: {one of CHECKS: did it pass}. It is a good one when all did.
+
+    check: "before" and "after", the text between which the answer stands; "name" of the function; "params"; "task";
+    "shown", what the prompt showed of the code.
+
+    parses, compiles   the text with the answer in its place
+    defines            it is one function of the name asked for
+    uses               every parameter; a docstring or a name: a word of the code
+    content            it does something (`works`); mended code is nearly the broken one; nothing is a copy of the prompt
+    ends               the model ended its turn by itself
+    """
+    task, code = check["task"], check["before"] + answer + check["after"]
+    result = dict.fromkeys(CHECKS, False) | {"ends": ended}
+    tree = parse(code) if answer.strip() else None
+    if tree is None:
+        return result
+    result |= {"parses": True, "compiles": compiles(tree)}
+    if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef):
+        return result
+    node = tree.body[0]
+    result["defines"] = node.name == (answer.strip() if task == "name" else check["name"])
+    new = answer.strip() not in check["shown"]
+    if task in ("doc", "name"):
+        result["uses"] = bool(words(answer) & words(check["shown"]))
+        result["content"] = len(answer.split()) >= 3 and new if task == "doc" else len(answer.strip()) >= 3
+        return result
+    used = {n.id for s in node.body for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    result["uses"] = set(check["params"]) <= used
+    if task == "mend":
+        result["content"] = difflib.SequenceMatcher(None, check["shown"], answer, autojunk=False).ratio() > 0.8
+    else:
+        result["content"] = new and works(node, check["before"].count("\n") + 1)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Instructions from Python's own functions
+
+TASKS = {
+    "body": "Write the body of this function.",
+    "doc": "Write the docstring of this function.",
+    "name": "Name this function.",
+    "mend": "Mend this broken code.",
+    "continue": "Continue this code.",
+}
+
+
+def find_functions(text: str) -> Iterator[tuple[ast.FunctionDef, list[str]]]:
+    """Functions and methods of a module, each with its lines, dedented and without decorators; those with tabs are not."""
+    tree = parse_module(text)
+    lines = text.splitlines()
+    for node in ast.walk(tree) if tree else ():
+        if isinstance(node, ast.FunctionDef) and node.body[0].lineno > node.lineno:
+            own = lines[node.lineno - 1 : node.end_lineno]
+            if not any("\t" in line for line in own):
+                yield node, textwrap.dedent("\n".join(own)).split("\n")
+
+
+def parse_module(text: str) -> ast.Module | None:
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError):
+        return None
+
+
+def break_code(code: str, rng: random.Random) -> str | None:
+    """The code with one mistake that keeps it from parsing: a colon, a bracket or a quote is gone, a line is shifted."""
+    places = [m.start() for m in re.finditer(r":$|[()\[\]{}'\"]", code, re.M)] + [m.end() for m in re.finditer(r"\n +", code)]
+    for place in rng.sample(places, len(places)):
+        broken = code[:place] + " " + code[place:] if code[place - 1] == " " else code[:place] + code[place + 1 :]
+        if parse(broken) is None:
+            return broken
+    return None
+
+
+def make_instructions(node: ast.FunctionDef, lines: list[str], rng: random.Random) -> Iterator[dict]:
+    """The tasks that a function is good for: {"messages", "task", "check"}, the answer being what its author wrote."""
+    first, offset = node.body[0], node.lineno
+    doc, start = ast.get_docstring(node), first.lineno - offset
+    head, after_doc = lines[:start], first.end_lineno - offset + 1 if doc else start
+    body = "\n".join(lines[after_doc:]).strip("\n")
+    if not body.strip() or (doc and len(node.body) == 1):
+        return
+    params = [a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg) and a.arg not in ("self", "cls") and a.arg[0] != "_"]
+    indent = re.match(" *", lines[start]).group()
+    signature = "\n".join(head)
+    facts = {"name": node.name, "params": params}
+
+    def record(task, shown, answer, before, after=""):
+        check = {"task": task, "before": before, "after": after, "shown": shown, **facts}
+        messages = [{"role": "user", "content": f"{TASKS[task]}\n\n{shown}"}, {"role": "assistant", "content": answer}]
+        return {"messages": messages, "task": task, "check": check}
+
+    summary = doc and doc.strip().split("\n\n")[0].strip()
+    if doc and summary and '"""' not in summary and "\\" not in summary and summary[-1] != '"':
+        summary = textwrap.indent(summary, indent).strip()
+        shown = f'{signature}\n{indent}"""{summary}"""'
+        if params:
+            yield record("body", shown, body, shown + "\n")
+        shown = f"{signature}\n{body}"
+        yield record("doc", shown, summary, f'{signature}\n{indent}"""', f'"""\n{body}')
+    bare = "\n".join(head) + "\n" + body  # without the docstring, which would give the name away
+    if re.fullmatch(r"[a-z_]\w{2,}", node.name, re.I):
+        shown = bare.replace(f"def {node.name}(", "def _(", 1)
+        yield record("name", shown, node.name, "def ", bare[len(f"def {node.name}") :])
+    if broken := break_code(bare, rng):
+        yield record("mend", broken, bare, "")
+    statements = node.body[1:] if doc else node.body
+    if len(statements) > 1:
+        cut = statements[rng.randrange(1, len(statements))].lineno - offset
+        shown = "\n".join(lines[:cut])
+        yield record("continue", shown, "\n".join(lines[cut:]).strip("\n"), shown + "\n")
+
+
+def instructions_of(folder: str, split: str, limit: int, max_tokens: int, seed: int) -> Iterator[tuple[dict, Counter]]:
+    """Records from the documents of one split of a data folder, shuffled; at most `limit` a task, all of which the checks
+    find good. Beside each the count of all that was seen so far."""
+    tokens, tokenizer = Tokens(folder, split), load_tokenizer(folder)
+    ids = tokens.read(0, tokens.n)
+    documents = np.split(ids, np.flatnonzero(ids == tokens.eot_id) + 1)
+    rng, counts, seen = random.Random(seed_of(seed, split)), Counter(), set()
+    for i in rng.sample(range(len(documents)), len(documents)):
+        text = tokenizer.decode([t for t in documents[i].tolist() if t != tokens.eot_id])
+        for node, lines in find_functions(text):
+            if len(lines) > 60 or (key := "\n".join(lines)) in seen:
+                continue
+            seen.add(key)
+            for record in make_instructions(node, lines, rng):
+                task, answer = record["task"], record["messages"][1]["content"]
+                if counts[task] >= limit:
+                    continue
+                good = all(grade(record["check"], answer, True).values())
+                counts["dropped for failing the checks"] += not good
+                if good and len(render(tokenizer, record["messages"])[0]) > max_tokens:
+                    counts["dropped for being longer than the context"] += 1
+                elif good:
+                    counts[task] += 1
+                    yield record, counts
+        if all(counts[task] >= limit for task in TASKS):
+            return
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading what people have: Alpaca, Dolly, ShareGPT, messages; pairs and rankings
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
+         "system": "system", "tool": "tool", "function": "tool", "observation": "tool"}  # fmt: skip
+
+
+def read_lines(path: str | Path, read: Callable) -> Iterator:
+    """read(record) of each line of a JSON-lines file. A UserError with the number of the line that `read` refuses."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                    if not isinstance(record, dict):
+                        raise ValueError("it is not a JSON object")
+                    yield read(record)
+                except ValueError as error:  # (JSONDecodeError is one)
+                    raise UserError(f"{path}, line {number}: {error}.") from None
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: `python align.py data` and `pairs` make the default ones.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
+
+
+def take(record: dict, key: str, kind: type = str):
+    if not isinstance(record.get(key), kind):
+        raise ValueError(f"{key!r} is missing or no {'text' if kind is str else 'list'}")
+    return record[key]
+
+
+def read_messages(items: list, role: str = "role", content: str = "content") -> list[dict]:
+    messages = []
+    for item in items:
+        if not isinstance(item, dict) or item.get(role) not in ROLES:
+            raise ValueError(f"a message has no known {role!r} ({', '.join(ROLES)})")
+        messages.append({"role": ROLES[item[role]], "content": take(item, content)})
+    return messages
+
+
+def read_conversation(record: dict) -> list[dict]:
+    """Any of the usual forms -> messages. A ValueError says what is missing.
+
+    messages       [{"role", "content"}]: OpenAI's; roles system, user, assistant, tool
+    conversations  [{"from", "value"}]: ShareGPT
+    instruction, input, output      Alpaca; Dolly calls the last two context and response. The input stands after the
+                                    instruction and an empty line
+    prompt, completion (or chosen)
+    """
+    if "messages" in record:
+        return read_messages(take(record, "messages", list))
+    if "conversations" in record:
+        return read_messages(take(record, "conversations", list), "from", "value")
+    if "instruction" in record:
+        answer = "response" if "output" not in record and "response" in record else "output"
+        more = record.get("input") or record.get("context") or ""
+        question = take(record, "instruction") + (f"\n\n{more}" if more else "")
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": take(record, answer)}]
+    if "prompt" in record:
+        return [*read_prompt(record), read_answer(record, "completion" if "completion" in record else "chosen")]
+    raise ValueError("it has neither messages, conversations, instruction nor prompt")
+
+
+def read_prompt(record: dict) -> list[dict]:
+    if isinstance(record.get("prompt"), list):
+        return read_messages(record["prompt"])
+    return [{"role": "user", "content": take(record, "prompt")}]
+
+
+def read_answer(record: dict, key: str) -> dict:
+    answer = record.get(key)
+    if isinstance(answer, list) and answer:
+        answer = read_messages(answer)[-1]["content"]
+    return {"role": "assistant", "content": take({key: answer}, key)}
+
+
+def read_ranking(record: dict) -> list[list[dict]]:
+    """{"prompt", "chosen", "rejected"} or {"prompt", "answers": [best, ..., worst]} -> conversations, the best first."""
+    prompt = read_prompt(record)
+    if "answers" in record:
+        answers = [read_answer({"answer": a}, "answer") for a in take(record, "answers", list)]
+        if len(answers) < 2:
+            raise ValueError("'answers' has fewer than two")
+    else:
+        answers = [read_answer(record, "chosen"), read_answer(record, "rejected")]
+    return [[*prompt, answer] for answer in answers]
+
+
+def load_items(paths, tokenizer, T: int, ranked: bool) -> tuple[list[list[Example]], Counter]:
+    """What a stage trains on, as lists of examples: one of a conversation, several of a ranking (the best first).
+
+    Counted, and left out: conversations in which the assistant says nothing, those longer than the context, rankings
+    whose answers are equal. Counted, and kept: a conversation that ends with the user (without that turn), rankings
+    with an empty answer (it is one: the end of the turn).
+    """
+    items, counts = [], Counter()
+    for conversations in itertools.chain(*(read_lines(p, read_ranking if ranked else lambda r: [read_conversation(r)]) for p in paths)):
+        counts["read"] += 1
+        if not ranked:
+            kept = conversations[0][: 1 + max((i for i, m in enumerate(conversations[0]) if m["role"] == "assistant"), default=-1)]
+            counts["ended with the user"] += len(kept) < len(conversations[0])
+            conversations = [kept]
+        answers = [[m["content"] for m in c if m["role"] == "assistant"] for c in conversations]
+        examples = [Example(*render(tokenizer, c)) for c in conversations]
+        if not ranked and not any(a.strip() for a in answers[0]):
+            counts["left out: no answer"] += 1
+        elif ranked and len({a[-1] for a in answers}) < len(answers):
+            counts["left out: equal answers"] += 1
+        elif max(len(e.ids) for e in examples) > T:
+            counts["left out: longer than the context"] += 1
+        else:
+            counts["with an empty answer"] += ranked and not all(a[-1].strip() for a in answers)
+            items.append(examples)
+    counts["kept"] = len(items)
+    return items, +counts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A stage: the loop that SFT, reward model and DPO share
+
+
+@dataclass
+class Stage:
+    """What every stage has to be told; it is kept in the checkpoint, for --resume."""
+
+    model: str = option("out/python", "Checkpoint folder to begin with.")
+    data: tuple[str, ...] = option(("data/instructions/train.jsonl",), "JSON lines to learn from; several times for more.")
+    val: str | None = option(None, "JSON lines to judge by. Default: val.jsonl beside --data, or a twentieth of it.")
+    out: str = option("out/sft", "Checkpoint folder to write.")
+    epochs: float = option(2.0, "How often the data is seen.")
+    max_steps: int | None = option(None, "Optimizer steps, instead of --epochs.")
+    batch_size: int = option(32, "Conversations (or rankings) of a step, over all ranks.")
+    lr: float = option(2e-3, "Peak learning rate; larger models want 1e-5 to 1e-4.")
+    warmup_steps: int = option(20, "Steps of linear warm-up.")
+    schedule: str = option("cosine", "cosine, wsd or constant.")
+    min_lr: float = option(0.1, "Where the schedule ends, as a fraction of --lr.")
+    optimizer: str = option("adamw", "adamw, or muon on the matrices.")
+    weight_decay: float = option(0.0, "Of matrices only.")
+    grad_clip: float = option(1.0, "Largest norm of the gradient.")
+    lora_rank: int = option(0, "Train low-rank additions only (8 to 64); 0: all weights.")
+    lora_alpha: float = option(16.0, "Their scale is alpha / rank.")
+    dtype: str = option("auto", "auto, fp32 or bf16.")
+    device: str = option("auto", "auto, cpu, cuda or mps.")
+    micro_tokens: int = option(0, "Tokens at once on a device: memory and speed only. 0: 8,192, on a GPU 32,768.")
+    eval_interval: int = option(100, "Steps between evaluations.")
+    save_interval: int = option(250, "Steps between checkpoints.")
+    seed: int = option(0, "Of the order of the data.")
+
+
+@dataclass
+class RewardStage(Stage):
+    model: str = option("out/sft", "Checkpoint folder to begin with.")
+    data: tuple[str, ...] = option(("data/pairs.jsonl",), "Pairs (prompt, chosen, rejected) or rankings (prompt, answers).")
+    out: str = option("out/reward", "Checkpoint folder to write.")
+    lr: float = option(3e-4, "Peak learning rate; larger models want 1e-6 to 1e-5.")
+
+
+@dataclass
+class DPOStage(RewardStage):
+    out: str = option("out/dpo", "Checkpoint folder to write.")
+    loss: str = option("dpo", f"One of {', '.join(VARIANTS)}.")
+    beta: float = option(0.1, "How dear it is to leave the reference; 2 for simpo.")
+    label_smoothing: float = option(0.0, "Share of the labels that may be wrong (dpo, norm, robust).")
+    gamma: float = option(1.0, "Margin that is asked for (simpo).")
+
+
+class Run:
+    """A stage between its opening and its end: model, data, loop, and what is saved of it.
+
+    `unit(item)` is what an item weighs in the mean loss (its trained tokens, or 1); `loss(model, picks)` gives the sum of
+    the losses of some items and of whatever else is logged of them. Set by the stage."""
+
+    def __init__(self, o: Stage, resume: str | None, ranked: bool, head: str = "lm"):
+        self.began, self.o, self.ranks, self.resume = time.perf_counter(), o, setup_distributed(o.device), resume
+        base, self.out = find_checkpoint(o.model), Path(o.out)
+        self.tokenizer_file, self.tokenizer = base / "tokenizer.json", load_tokenizer(base)
+        self.model = load_model(base, self.ranks.device)
+        if head != self.model.config.head:
+            self.model = with_head(self.model, head)
+        self.model.float().compute_dtype = pick_dtype(o.dtype, self.ranks.device)
+        self.load_data(ranked)
+        self.tensors, self.state = load_state(resume) if resume else ({}, {})
+        self.open_weights(resume)
+        self.optimizer = build_optimizer(self.model, o.optimizer, o.lr, o.weight_decay)
+        self.optimizer.load_state_dict(self.tensors)
+        self.at, self.bad, self.skipped = self.state.get("at", 0), 0, self.state.get("skipped", 0)
+        self.extra, lines = {}, []  # tensors of the stage that are saved along
+        if resume:
+            lines = (find_checkpoint(resume) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = [line for line in lines if json.loads(line)["step"] <= self.at]
+        self.max_steps = o.max_steps or max(1, math.ceil(o.epochs * len(self.items) / o.batch_size))
+        self.log = Log(self.out, lines, self.max_steps, self.at, self.ranks.rank)
+
+    def load_data(self, ranked: bool) -> None:
+        o, T = self.o, self.model.config.seq_len
+        val = o.val or next((str(p) for p in [Path(o.data[0]).with_name("val.jsonl")] if p.exists() and str(p) not in o.data), None)
+        self.items, self.counts = load_items(o.data, self.tokenizer, T, ranked)
+        self.val = load_items([val], self.tokenizer, T, ranked)[0] if val else []
+        if not self.val:
+            order = np.random.default_rng(0).permutation(len(self.items))
+            held = set(order[: -(-len(self.items) // 20)].tolist()) if len(self.items) > 1 else {0}
+            self.val = [self.items[i] for i in sorted(held)]
+            self.items = [item for i, item in enumerate(self.items) if i not in held] or self.val
+        if not self.items:
+            raise UserError(f"There is nothing to learn in {', '.join(o.data)} ({describe(self.counts)}).")
+        self.val = self.val[:500]
+        say(f"{', '.join(o.data)}: {describe(self.counts)}")
+        self.fingerprint = [seed_of(Path(p).read_bytes()) for p in (*o.data, *([val] if val else []))]
+
+    def open_weights(self, resume: str | None) -> None:
+        """The base's, and when a stage goes on its own: all, or with LoRA the additions."""
+        o, base = self.o, seed_of(*(round(float(p.double().sum()), 6) for p in self.model.parameters()))
+        if o.lora_rank:
+            add_lora(self.model, o.lora_rank, o.lora_alpha, o.seed)
+        if resume:
+            if self.state["data"] != self.fingerprint or (o.lora_rank and self.state["base"] != base):
+                raise UserError(f"The data or {o.model} is not what {resume} began with: restore it to resume.")
+            if o.lora_rank:
+                own = {k.removeprefix("weights/"): v for k, v in self.tensors.items() if k.startswith("weights/")}
+                self.model.load_state_dict(own, strict=False)
+            else:
+                self.model.load_state_dict(load_model(resume).state_dict())
+        self.base = base
+
+    def save(self, finished: bool = False) -> None:
+        self.log.close()
+        if self.ranks.rank == 0:
+            tensors = self.optimizer.state_dict() | self.extra
+            if self.o.lora_rank:
+                tensors |= {f"weights/{n}": p.detach().cpu() for n, p in self.model.named_parameters() if p.requires_grad}
+            state = {"at": self.at, "skipped": self.skipped, "finished": finished, "data": self.fingerprint,
+                     "base": self.base, "counts": self.counts, "options": dataclasses.asdict(self.o)}  # fmt: skip
+            save_checkpoint(self.out, self.model, self.tokenizer_file, state=(tensors, state), metrics=self.log.text(),
+                            weights=merged(self.model))  # fmt: skip
+        if self.ranks.world > 1:
+            torch.distributed.barrier()
+        if not finished:
+            self.log.open()
+
+    def picks(self, step: int) -> list[int]:
+        """The items of a step: each once an epoch, in an order that depends on seed and epoch alone."""
+        n, picks = len(self.items), []
+        for i in range(step * self.o.batch_size, (step + 1) * self.o.batch_size):
+            if not picks or i % n == 0:
+                order = np.random.default_rng([self.o.seed, i // n]).permutation(n)
+            picks.append(int(order[i % n]))
+        return picks
+
+    def micro_batches(self, picks, items, rank: int = 0, world: int = 1) -> Iterator[list[int]]:
+        """A rank's share of the picks, some thousand tokens at a time."""
+        limit = self.o.micro_tokens or (8192 if self.ranks.device.type == "cpu" else 32768)
+        batch, tokens = [], 0
+        for i in picks[rank::world]:
+            size = sum(len(e.ids) for e in items[i])
+            if batch and tokens + size > limit:
+                yield batch
+                batch, tokens = [], 0
+            batch, tokens = [*batch, i], tokens + size
+        if batch:
+            yield batch
+
+    def collate(self, examples: list[Example]) -> Batch:
+        return collate(examples, self.model.config.seq_len, self.ranks.device)
+
+    def measure(self, picks, items, loss, backward: bool) -> dict[str, float]:
+        """Means of the loss and of what goes with it over these items, of all ranks; backward: its gradient, too."""
+        weight = sum(self.unit(items[i]) for i in picks)  # of all ranks: each knows the whole step's items
+        sums, trained = Counter(), [p for p in self.model.parameters() if p.requires_grad]
+        for batch in self.micro_batches(picks, items, self.ranks.rank, self.ranks.world):
+            total, stats = loss(self.model, batch)
+            if backward:
+                (total / weight).backward()
+            for name, value in (stats | {"loss": total.detach()}).items():
+                sums[name] += value
+        names = sorted(sums) if self.ranks.world == 1 else self.names
+        values = torch.stack([torch.as_tensor(sums[n], dtype=torch.float32, device=self.ranks.device) for n in names])
+        if self.ranks.world > 1:
+            torch.distributed.all_reduce(values)
+            for p in trained if backward else ():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                torch.distributed.all_reduce(p.grad)
+        return {n: v / weight for n, v in zip(names, values.tolist(), strict=True)}
+
+    def step(self, lr: float) -> dict:
+        self.optimizer.set_lr(lr)
+        picks = self.picks(self.at)
+        stats = self.measure(picks, self.items, self.loss, backward=True)
+        trained = [p for p in self.model.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, self.o.grad_clip))
+        if math.isfinite(norm) and math.isfinite(stats["loss"]):
+            self.optimizer.step()
+            self.bad = 0
+        else:
+            self.bad, self.skipped = self.bad + 1, self.skipped + 1
+            self.log.say(f"step {self.at + 1}: the loss or the gradient is not finite; the update is skipped ({self.skipped} so far).")
+            if self.bad >= 5:
+                raise UserError(f"The loss was not finite in {self.bad} steps running: stopped. {self.out} is whole; try a lower --lr.")
+        self.optimizer.zero_grad()
+        return stats | {"grad_norm": norm, "tokens": sum(len(e.ids) for i in picks for e in self.items[i])}
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        self.model.eval()
+        result = self.measure(range(len(self.val)), self.val, self.val_loss, backward=False)
+        self.model.train()
+        self.result = {f"val_{k}": v for k, v in result.items()}
+        self.log.write({"step": self.at, **self.result, "seconds": time.perf_counter() - self.began})
+        self.log.say(f"step {self.at}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in self.result.items()))
+
+    def go(self) -> dict:
+        """The loop. -> the last evaluation."""
+        o, stopping, rate = self.o, Stopping(), None
+        say(f"{self.max_steps} steps of {o.batch_size}, {len(self.val)} to judge by; "
+            f"{sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6:.2f}M parameters trained, "
+            f"{o.optimizer} in {str(self.model.compute_dtype)[6:]} on {self.ranks.device.type}")  # fmt: skip
+        if not self.resume:
+            self.save()  # a disk that cannot be written to is found out now, and any later kill can be resumed
+            self.log.write({"step": 0, "counts": self.counts})
+        else:
+            self.log.open()
+        try:
+            self.model.train()
+            if self.at == 0 and not any("val_loss" in line for line in self.log.lines):
+                self.evaluate()
+            while self.at < self.max_steps:
+                begin, lr = time.perf_counter(), o.lr * lr_at(self.at, self.max_steps, o.warmup_steps, o.schedule, o.min_lr)
+                stats = self.step(lr)
+                seconds = time.perf_counter() - begin
+                self.at += 1
+                rate = seconds if rate is None else 0.9 * rate + 0.1 * seconds
+                tokens = stats.pop("tokens")
+                self.log.write({"step": self.at, **stats, "lr": lr, "ms_per_step": seconds * 1e3, "tok_per_s": tokens / seconds})
+                words = "  ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in stats.items())
+                self.log.show(self.at, f"{words}  {tokens / seconds:,.0f} tok/s", rate * (self.max_steps - self.at))
+                if self.asked(stopping):
+                    self.save()
+                    raise KeyboardInterrupt
+                if self.at % o.eval_interval == 0 and self.at < self.max_steps:
+                    self.evaluate()
+                if self.at % o.save_interval == 0 and self.at < self.max_steps:
+                    self.save()
+            self.evaluate()
+            self.save(finished=True)
+        except KeyboardInterrupt:
+            self.log.stop()
+            say(f"Stopped after step {self.at}; --resume {self.out} goes on from there.")
+            raise
+        finally:
+            self.log.stop()
+            stopping.restore()
+        say(f"{self.out} written after {time.perf_counter() - self.began:.0f} s.")
+        return self.result
+
+    def asked(self, stopping: Stopping) -> bool:
+        asked = torch.tensor(float(stopping.asked), device=self.ranks.device)
+        if self.ranks.world > 1:
+            torch.distributed.all_reduce(asked)
+        return bool(asked > 0)
+
+
+def describe(counts: Counter) -> str:
+    return ", ".join(f"{n:,} {what}" for what, n in counts.items())
+
+
+def with_head(model: Transformer, head: str) -> Transformer:
+    """The same layers under another head; a score head begins at zero, where every text is worth nothing."""
+    other = Transformer(dataclasses.replace(model.config, head=head)).to(next(model.parameters()).device)
+    if head == "score":
+        nn.init.zeros_(other.score.weight)
+    other.load_state_dict({n: p for n, p in model.state_dict().items() if not n.startswith(("lm_head", "score"))}, strict=False)
+    return other
+
+
+def sft_run(o: Stage, resume: str | None = None) -> Run:
+    """Loss: -log p of the assistant's tokens, mean over those of the step.
+
+    Healthy: the loss falls from some 4 nats (the chat format is new) to below pretraining's within a few hundred steps,
+    and val_loss follows it; grad_norm stays around one. val_loss that rises while loss falls: fewer epochs.
+    """
+    run = Run(o, resume, ranked=False)
+    run.unit = lambda item: sum(item[0].trained[1:])
+    run.names = ["loss"]
+
+    def loss_on(items):
+        return lambda model, picks: (-logps(model, run.collate([items[i][0] for i in picks])).sum(), {})
+
+    run.loss, run.val_loss = loss_on(run.items), loss_on(run.val)
+    return run
+
+
+def reward_run(o: RewardStage, resume: str | None = None) -> Run:
+    """Loss: Bradley-Terry on the scores of a ranking's answers; accuracy: of its best against its worst.
+
+    Healthy: the loss begins at ln 2 = 0.693 and accuracy rises well above 0.5; val_loss that rises while accuracy stays
+    is overconfidence, which `calibration` shows (mean distance between the probability that the scores give the chosen
+    answer and the share of times that it was right, in ten bins: Guo et al. 2017, 1706.04599).
+    """
+    run = Run(o, resume, ranked=True, head="score")
+    run.unit = lambda item: 1.0
+    run.names = ["accuracy", "loss", "margin"]
+
+    def loss_on(items):
+        def loss(model, picks):
+            scores = rewards(model, run.collate([e for i in picks for e in items[i]])).split([len(items[i]) for i in picks])
+            margins = torch.stack([s[0] - s[-1] for s in scores]).detach()
+            return torch.stack([ranking_loss(s) for s in scores]).sum(), {"accuracy": (margins > 0).float().sum(), "margin": margins.sum()}
+
+        return loss
+
+    run.loss, run.val_loss = loss_on(run.items), loss_on(run.val)
+    return run
+
+
+def calibration_error(margins, bins: int = 10) -> float:
+    """Expected calibration error of p = sigmoid(margin), the probability that the chosen answer is the better one.
+
+    Each pair is seen from both sides: as p with outcome 1 and as 1 - p with outcome 0.
+
+    >>> calibration_error(torch.tensor([20.0, 20.0, 20.0, -20.0]))  # quite sure, and right three times in four
+    0.25
+    """
+    p = torch.cat([margins, -margins]).sigmoid()
+    right = torch.cat([torch.ones_like(margins), torch.zeros_like(margins)])
+    cell = (p * bins).long().clamp(max=bins - 1)
+    gaps = [abs(float((p - right)[cell == b].sum())) for b in range(bins)]
+    return round(sum(gaps) / len(p), 6)
+
+
+def dpo_run(o: DPOStage, resume: str | None = None) -> Run:
+    """Loss: of VARIANTS, on a ranking's best and worst answer; the reference's log p is computed once and kept in state/.
+
+    Healthy: the loss begins at ln 2 (ipo: 1 / (2 beta)^2), accuracy (of rankings, is the margin positive) and margin
+    (beta times the difference of log-ratios) rise. `chosen` and `rejected` are log-ratios: the rejected falls, and the
+    chosen too, some; when the chosen falls as fast, the model leaves both: a larger beta or a smaller rate.
+    """
+    if o.loss not in VARIANTS:
+        raise UserError(f"--loss is one of {', '.join(VARIANTS)}; not {o.loss!r}.")
+    if not 0 <= o.label_smoothing < 0.5 or o.beta <= 0:
+        raise UserError("--beta has to be above zero, and --label-smoothing from 0 up to, not with, 0.5.")
+    variant, run = VARIANTS[o.loss], Run(o, resume, ranked=True)
+    run.unit = lambda item: 1.0
+    run.names = ["accuracy", "chosen", "loss", "margin", "rejected"]
+    options = {name: getattr(o, name) for name in variant.options}
+
+    def both(model, items, picks):  # -> log p of (chosen, rejected), (n, 2), and their lengths
+        batch = run.collate([e for i in picks for e in (items[i][0], items[i][-1])])
+        return logps(model, batch).view(-1, 2), batch.lengths.view(-1, 2)
+
+    @torch.no_grad()
+    def reference_of(name, items):
+        kept = run.tensors.get(f"reference/{name}")
+        if kept is None:
+            run.model.eval()
+            kept = torch.cat([both(run.model, items, picks)[0] for picks in run.micro_batches(range(len(items)), items)]).cpu()
+        run.extra[f"reference/{name}"] = kept
+        return kept.to(run.ranks.device)
+
+    def loss_on(name, items):
+        reference = reference_of(name, items) if variant.reference else torch.zeros(len(items), 2, device=run.ranks.device)
+
+        def loss(model, picks):
+            policy, lengths = both(model, items, picks)
+            ratios = policy - reference[picks]  # (n, 2)
+            ratios = ratios / lengths if variant.mean else ratios
+            chosen, rejected = ratios.unbind(1)
+            margins = (o.beta * (chosen - rejected)).detach()
+            stats = {"accuracy": (margins > 0).float().sum(), "margin": margins.sum(), "chosen": chosen.detach().sum(),
+                     "rejected": rejected.detach().sum()}  # fmt: skip
+            return variant.loss(chosen, rejected, o.beta, **options).sum(), stats
+
+        return loss
+
+    if resume and variant.reference and not {"reference/items", "reference/val"} <= run.tensors.keys():
+        raise UserError(f"{resume} lacks the reference's log-probabilities: start the run again.")
+    run.loss, run.val_loss = loss_on("items", run.items), loss_on("val", run.val)
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers, and what they are worth
+
+
+def sharpen(temperature: float, n_vocab: int, seed: int, device) -> Callable:
+    """pick for `generate`: draw from softmax(logits / temperature); 0 is greedy."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def pick(logits):
+        logits = logits[:, :n_vocab]
+        if temperature == 0:
+            return logits.argmax(-1)
+        noise = torch.empty_like(logits).exponential_(generator=generator)  # Gumbel-max, as sample.py has it
+        return (logits / temperature - noise.clamp_(min=1e-30).log()).argmax(-1)
+
+    return pick
+
+
+class Answer(NamedTuple):
+    ids: list[int]  # the end of the turn among them
+    text: str
+    ended: bool
+
+
+def rollout(model, tokenizer, prompts: list[list[int]], temperature=1.0, seed=0, max_new_tokens=None, batch=128, watch=None):
+    """An Answer to each prompt. Prompts of like length share a batch, whose draws come from (seed, its number); an answer
+    ends with the turn, with the text, or where the context is full."""
+    T, n = model.config.seq_len, len(prompts)
+    stop, answers = {tokenizer.im_end_id, tokenizer.eot_id} - {None}, [None] * n
+    order = sorted(range(n), key=lambda i: len(prompts[i]))
+    for start in range(0, n, batch):
+        rows = order[start : start + batch]
+        room = T - max(len(prompts[i]) for i in rows)
+        if room < 1:
+            raise UserError(f"A prompt of {T - room} tokens leaves no room for an answer: the context has {T}.")
+        pick = sharpen(temperature, tokenizer.n_vocab, seed_of(seed, start), next(model.parameters()).device)
+        new = generate(model, [prompts[i] for i in rows], min(room, max_new_tokens or room), pick, stop)
+        for i, ids in zip(rows, new, strict=True):
+            ended = ids[-1] in stop
+            answers[i] = Answer(ids, tokenizer.decode(ids[:-1] if ended else ids), ended)
+        if watch:
+            watch(len(rows))
+    return answers
+
+
+def progress(text: str, total: int):
+    """A bar with time left, on a terminal: `with progress(...) as advance: advance(n)`."""
+    import contextlib
+
+    from rich.progress import Progress
+
+    @contextlib.contextmanager
+    def bar():
+        with Progress(console=console(), transient=True, disable=not console().is_terminal) as shown:
+            task = shown.add_task(text, total=total)
+            yield lambda n=1: shown.advance(task, n)
+
+    return bar()
+
+
+def load_prompts(path: str, limit: int | None, tasks=None) -> list[dict]:
+    """Records with what to ask ("prompt": messages) and, in the default data, how to check the answer."""
+
+    def read(record: dict) -> dict:
+        if "messages" in record or "conversations" in record or "instruction" in record:
+            prompt = read_conversation(record)
+            while prompt and prompt[-1]["role"] == "assistant":
+                prompt = prompt[:-1]
+        else:
+            prompt = read_prompt(record)
+        if not prompt:
+            raise ValueError("nothing is asked in it")
+        return {"prompt": prompt, "task": record.get("task", "any"), "check": record.get("check")}
+
+    records = [r for r in read_lines(path, read) if not tasks or r["task"] in tasks]
+    if limit and len(records) > limit:  # an even part of each task
+        order = np.random.default_rng(0).permutation(len(records))
+        records = [records[i] for i in sorted(order[:limit].tolist())]
+    if not records:
+        raise UserError(f"There are no prompts in {path}{f' of the tasks {tasks}' if tasks else ''}.")
+    return records
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a rate (Wilson 1927): sensible at 0 and 1 too.
+
+    >>> [round(x, 3) for x in wilson(0, 10)]
+    [0.0, 0.278]
+    """
+    p, d = successes / n, 1 + z * z / n
+    middle, half = (p + z * z / (2 * n)) / d, z / d * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mean_interval(values) -> tuple[float, float, float]:
+    """(mean, and its 95 % confidence interval)."""
+    values = np.asarray(values, float)
+    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+
+
+# What can stand after a piece of Python: the first is right. Few-shot multiple choice without a download.
+CHOICES = [
+    ("import os\npath = os.path.", ["join(", "merge(", "combine(", "glue("]),
+    ("for i in ", ["range(", "global(", "return(", "import("]),
+    ("class Error(", ["Exception):", "Continue):", "Import):", "Lambda):"]),
+    ("def __init__(", ["self", "None", "return", "with"]),
+    ("if value is ", ["None:", "def:", "class:", "import:"]),
+    ("try:\n    run()\nexcept ", ["ValueError:", "for x:", "return x:", "break:"]),
+    ("with open(path) ", ["as file:", "to file:", "is file:", "of file:"]),
+    ("from collections import ", ["defaultdict", "while", "lambda", "return"]),
+    ("x = [i for i ", ["in items]", "of items]", "at items]", "to items]"]),
+    ("if name not ", ["in names:", "of names:", "at names:", "on names:"]),
+    ("while ", ["True:", "import:", "class:", "def:"]),
+    ("def f(x):\n    ", ["return x", "import f(", "class x", "except x"]),
+    ("raise ", ["TypeError(", "for x in", "def f(", "elif x:"]),
+    ("assert isinstance(", ["value, str)", "for value)", "return, if)", "value: def)"]),
+    ("names = {}\nnames.", ["items()", "append()", "upper()", "strip()"]),
+    ("items = []\nitems.", ["append(", "keys(", "lower(", "encode("]),
+    ("text = 'a'\ntext.", ["split(", "append(", "items(", "keys("]),
+    ("lambda ", ["x: x", "def x", "class x", "return x"]),
+    ("self.name = ", ["name", "def", "elif", "except"]),
+    ("import ", ["sys", "if", "else", "not"]),
+    ("return ", ["self.value", "import", "except:", "def f"]),
+    ("if x == 0:\n    y = 1\n", ["else:", "catch:", "then:", "end"]),
+    ("yield ", ["item", "def", "class", "elif"]),
+    ("print(", ["'done')", "def)", "class:", "import)"]),
+]
+
+
+@torch.no_grad()
+def multiple_choice(model, tokenizer, shots: int) -> list[bool]:
+    """Is the right ending the likeliest (log p per byte) after so many solved ones? Of each of CHOICES."""
+    right, device = [], next(model.parameters()).device
+    for i, (before, endings) in enumerate(CHOICES):
+        solved = random.Random(i).sample([c for c in CHOICES if c[0] != before], shots)
+        context = tokenizer.encode("".join(f"{b}{e[0]}\n\n" for b, e in solved) + before)
+        tails = [tokenizer.encode(e) for e in endings]
+        examples = [Example(context + t, [False] * len(context) + [True] * len(t)) for t in tails]
+        if max(len(e.ids) for e in examples) > model.config.seq_len:
+            raise UserError(f"{shots} shots do not fit the context of {model.config.seq_len} tokens.")
+        scores = logps(model, collate(examples, model.config.seq_len, device)).cpu() / torch.tensor([len(e.encode()) for e in endings])
+        right.append(int(scores.argmax()) == 0)
+    return right
+
+
+@torch.no_grad()
+def mean_kl(policy, reference, examples: list[Example], batch: int = 16) -> list[float]:
+    """KL(policy || reference) of each answer, in nats a token: summed over the vocabulary, not sampled."""
+    result, device = [], next(policy.parameters()).device
+    for i in range(0, len(examples), batch):
+        b = collate(examples[i : i + batch], policy.config.seq_len, device)
+        asked = b.y != IGNORE
+        p, q = (m(b.x, positions=b.positions, doc_ids=b.docs)[0][asked].float().log_softmax(-1) for m in (policy, reference))
+        kl = (p.exp() * (p - q)).sum(-1)
+        result += (torch.zeros(len(b.last), device=device).index_add(0, b.docs[asked], kl) / b.lengths.clamp(min=1)).tolist()
+    return result
+
+
+def as_example(prompt: list[int], answer: Answer) -> Example:
+    return Example(prompt + answer.ids, [False] * len(prompt) + [True] * len(answer.ids))
+
+
+def answer_all(folder, records, temperature, seed, device, dtype="fp32"):
+    """-> model, tokenizer, prompts in tokens, answers."""
+    model = load_model(folder, device, pick_dtype(dtype, device))
+    if model.config.head != "lm":
+        raise UserError(f"{folder} is a reward model: it gives scores, not answers.")
+    tokenizer = load_tokenizer(folder)
+    prompts = [render(tokenizer, r["prompt"], reply=True)[0] for r in records]
+    fits = [len(p) < model.config.seq_len for p in prompts]
+    if not all(fits):
+        raise UserError(f"{fits.count(False)} of {len(prompts)} prompts leave no room in the context of {model.config.seq_len} tokens.")
+    with progress(f"{folder} answers", len(prompts)) as advance:
+        return model, tokenizer, prompts, rollout(model, tokenizer, prompts, temperature, seed, watch=advance)
+
+
+def score_all(folder, conversations: list[list[dict]], device) -> list[float]:
+    """The reward model's score of each conversation, read with its own tokenizer."""
+    model, tokenizer = load_model(folder, device), load_tokenizer(folder)
+    if model.config.head != "score":
+        raise UserError(f"{folder} is no reward model: `python align.py reward` trains one.")
+    examples, T = [Example(*render(tokenizer, c)) for c in conversations], model.config.seq_len
+    scores = []
+    with torch.no_grad():
+        for i in range(0, len(examples), 32):
+            cut = [Example(e.ids[:T], e.trained[:T]) for e in examples[i : i + 32]]
+            scores += rewards(model, collate(cut, T, device)).tolist()
+    return scores
+
+
+def compare(folder, against, reward, records, model, prompts, answers, temperature, seed) -> dict:
+    """The part of `assess` that needs another model, which answers the same prompts."""
+    device, n = next(model.parameters()).device, len(records)
+    other, _, _, theirs = answer_all(against, records, temperature, seed, device)
+    if other.config.vocab_size != model.config.vocab_size:
+        raise UserError(f"{folder} and {against} have different vocabularies: they cannot be compared token by token.")
+    examples = [as_example(p, a) for p, a in zip(prompts, answers, strict=True)]
+    result = {"KL to the other, nats a token": (*mean_interval(mean_kl(model, other, examples)), n)}
+
+    def wins(name, mine, others):
+        result[name] = (*mean_interval([(a > b) + 0.5 * (a == b) for a, b in zip(mine, others, strict=True)]), n)
+
+    if all(r["check"] for r in records):
+        def passed(some):
+            return [sum(grade(r["check"], a.text, a.ended).values()) for r, a in zip(records, some, strict=True)]
+
+        wins("wins by the checks", passed(answers), passed(theirs))
+    if reward:
+        talks = [[*r["prompt"], {"role": "assistant", "content": a.text}] for some in (answers, theirs)
+                 for r, a in zip(records, some, strict=True)]  # fmt: skip
+        scores = score_all(reward, talks, device)
+        wins("wins by the reward model", scores[:n], scores[n:])
+    return result
+
+
+def assess(folder, records, against=None, reward=None, temperature=0.7, seed=0, text=None, device=None) -> dict:
+    """Everything that `evaluate` prints: {name: (value, low, high, n)}."""
+    device, result = device or pick_device(), {}
+    model, tokenizer, prompts, answers = answer_all(folder, records, temperature, seed, device)
+    grades = [grade(r["check"], a.text, a.ended) if r["check"] else {"ends": a.ended} for r, a in zip(records, answers, strict=True)]
+
+    def rate(name, outcomes):
+        result[name] = (sum(outcomes) / len(outcomes), *wilson(sum(outcomes), len(outcomes)), len(outcomes))
+
+    checked = [(r["task"], g) for r, g in zip(records, grades, strict=True) if r["check"]]
+    for task in dict.fromkeys(t for t, _ in checked):
+        rate(f"good: {task}", [all(g.values()) for t, g in checked if t == task])
+    if checked:
+        rate("good", [all(g.values()) for _, g in checked])
+    for name in CHECKS if checked else ("ends",):
+        rate(name, [g[name] for g in grades if name in g])
+    rate("distinct", [i == 0 for i in (Counter(a.text for a in answers[: k + 1])[a.text] - 1 for k, a in enumerate(answers))])
+    result["length, tokens"] = (*mean_interval([len(a.ids) for a in answers]), len(answers))
+    if against:
+        result |= compare(folder, against, reward, records, model, prompts, answers, temperature, seed)
+    for shots in (0, 1, 4):
+        rate(f"multiple choice, {shots} shots", multiple_choice(model, tokenizer, shots))
+    if text:
+        tokens = Tokens(text, "val")
+        if tokens.vocab_size != tokenizer.n_vocab:
+            raise UserError(f"{text} was made with another tokenizer than {folder}: its bits per byte cannot be measured.")
+        found = evaluate_text(model, tokens, model.config.seq_len, 16, 50_000)
+        result["bits per byte of the pretraining text"] = (found["val_bpb"], None, None, found["val_tokens"])
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
+Resume = Annotated[str | None, typer.Option(help="Go on with the run in this checkpoint folder, exactly.")]
+
+
+def write_records(path: Path, records: list[dict], overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already: --overwrite replaces it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    write_text(new, "".join(json.dumps(r) + "\n" for r in records))
+    new.replace(path)
+
+
+@app.command()
+def data(
+    source: Annotated[str, typer.Option("--data", help="Data folder whose modules are taken apart.")] = "data/python",
+    out: Annotated[Path, typer.Option(help="Folder for train.jsonl and val.jsonl.")] = Path("data/instructions"),
+    held_out: Annotated[str, typer.Option(help=f"Task that is not trained, only judged: {', '.join(TASKS)}.")] = "continue",
+    limit: Annotated[int, typer.Option(help="Most training examples of a task.")] = 4000,
+    val_limit: Annotated[int, typer.Option(help="Most examples of a task to judge by.")] = 150,
+    max_tokens: Annotated[int, typer.Option(help="Longest conversation: the model's context.")] = 256,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make instructions from Python functions: training ones from the modules that pretraining trained on, those to judge
+    by from the modules that it only validated on."""
+    if held_out not in TASKS:
+        raise UserError(f"--held-out is one of {', '.join(TASKS)}; not {held_out!r}.")
+    if source == "data/python" and not Path(source).exists():
+        default_data(source)
+    made = {}
+    for split, most in (("train", limit), ("val", val_limit)):
+        made[split], counts, tasks = [], Counter(), len(TASKS) - (split == "train")
+        with progress(f"{split}: reading functions", most * tasks) as advance:
+            for record, counts in instructions_of(source, split, most, max_tokens, seed):  # noqa: B007
+                if split == "val" or record["task"] != held_out:
+                    made[split].append(record)
+                    advance()
+        dropped = {k: v for k, v in counts.items() if k not in TASKS}
+        say(f"{split}: {describe(Counter(r['task'] for r in made[split]))}; {describe(dropped)}")
+        random.Random(seed).shuffle(made[split])
+        write_records(out / f"{split}.jsonl", made[split], overwrite)
+    shown = next(r for r in made["train"] or made["val"])
+    say(f"{out} written. One of them:\n")
+    say("\n".join(f"[{m['role']}]\n{m['content']}" for m in shown["messages"]), markup=False, style="cyan")
+
+
+def stage_command(kind: type, open_run: Callable, doc: str) -> Callable:
+    """A stage as a typer command with the options of its kind."""
+
+    def main(given: dict, resume: Resume = None, overwrite: Overwrite = False, show_mask: Annotated[int, typer.Option(
+             help="Print so many examples, the trained tokens in colour, and end.")] = 0) -> dict:  # fmt: skip
+        o = resumed(resume, given, kind=kind) if resume else kind(**given)
+        for name in ("batch_size", "lr", "epochs", "grad_clip", "eval_interval", "save_interval"):
+            if getattr(o, name) <= 0:
+                raise UserError(f"--{name.replace('_', '-')} has to be above zero.")
+        if show_mask:
+            return print_mask(o, show_mask)
+        if not resume:
+            check_out(Path(o.out), overwrite)
+        return open_run(o, resume).go()
+
+    main.__doc__ = doc
+    return run_command(main, options=kind)
+
+
+def print_mask(o: Stage, count: int) -> None:
+    from rich.text import Text
+
+    tokenizer, ranked = load_tokenizer(find_checkpoint(o.model)), type(o) is not Stage
+    shown = load_items(o.data, tokenizer, 10**9, ranked)[0][:count]
+    for number, example in enumerate(e for item in shown for e in item):
+        console().rule(f"{number + 1}", style="dim")
+        text = Text()
+        for trained, group in itertools.groupby(zip(*example, strict=True), key=lambda pair: pair[1]):
+            text.append(tokenizer.decode([token for token, _ in group]), style="bold green" if trained else "dim")
+        console().print(text)
+
+
+sft = stage_command(Stage, sft_run, "Instructions: train on the assistant's words of conversations (SFT).")
+reward = stage_command(RewardStage, reward_run, "A reward model: a score for a conversation, from pairs or rankings.")
+dpo = stage_command(DPOStage, dpo_run, "Preferences without a reward model: DPO, IPO, SimPO and their kin.")
+for name, command in (("sft", sft), ("reward", reward), ("dpo", dpo)):
+    app.command(name)(command)
+
+
+@app.command()
+def pairs(
+    folder: Annotated[str, typer.Argument(help="Checkpoint folder that answers.")] = "out/sft",
+    prompts: Annotated[str, typer.Option(help="JSON lines with prompts and checks.")] = "data/instructions/train.jsonl",
+    out: Annotated[Path, typer.Option(help="JSON-lines file to write.")] = Path("data/pairs.jsonl"),
+    samples: Annotated[int, typer.Option(help="Answers to each prompt.")] = 6,
+    limit: Annotated[int, typer.Option(help="Prompts, drawn evenly.")] = 1500,
+    task: Annotated[str | None, typer.Option(help="Prompts of this task only.")] = None,
+    temperature: Annotated[float, typer.Option(help="Of the answers: 1 is the model's own distribution.")] = 1.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """A model's own answers, ranked by the checks: of each prompt one that passes all beside one that does not.
+
+    Prompts whose answers are all good or all bad teach nothing and are counted; so are good answers that the model would
+    give anyway. The worse answer is the one that passes the fewest checks."""
+    if samples < 2:
+        raise UserError("--samples has to be at least 2: a preference is between two answers.")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists already: --overwrite replaces it.")
+    records = [r for r in load_prompts(prompts, limit, task and [task]) if r["check"]]
+    if not records:
+        raise UserError(f"The prompts of {prompts} carry no checks: rank answers by hand with `python align.py label`.")
+    asked = [r for r in records for _ in range(samples)]
+    _, _, _, answers = answer_all(folder, asked, temperature, seed, pick_device(device))
+    made, counts = [], Counter()
+    for i, record in enumerate(records):
+        own = answers[i * samples : (i + 1) * samples]
+        graded = sorted(((sum(grade(record["check"], a.text, a.ended).values()), a) for a in own), key=lambda g: -g[0])
+        good, bad = [g for g in graded if g[0] == len(CHECKS)], [g for g in graded if g[0] < len(CHECKS)]
+        counts["all good" if not bad else "none good" if not good else "pairs"] += 1
+        if good and bad:
+            made.append({"prompt": record["prompt"], "chosen": good[0][1].text, "rejected": bad[-1][1].text, "task": record["task"]})
+    say(f"{len(asked):,} answers of {folder} to {len(records):,} prompts: {describe(counts)}")
+    write_records(out, made, overwrite)
+    say(f"{out} written.")
+
+
+@app.command()
+def label(
+    folder: Annotated[str, typer.Argument(help="Checkpoint folder that answers.")] = "out/sft",
+    prompts: Annotated[str, typer.Option(help="JSON lines with prompts.")] = "data/instructions/val.jsonl",
+    out: Annotated[Path, typer.Option(help="JSON-lines file that the pairs are added to.")] = Path("data/labels.jsonl"),
+    limit: Annotated[int, typer.Option(help="Prompts.")] = 50,
+    temperature: Annotated[float, typer.Option(help="Of the answers.")] = 1.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Two answers side by side: 1 or 2 for the better one, s to skip, q to end. What is chosen is written at once; prompts
+    that the file has already are not asked again."""
+    from rich.columns import Columns
+    from rich.markup import escape
+    from rich.panel import Panel
+
+    done = [r["prompt"] for r in read_lines(out, dict)] if out.exists() else []
+    records = [r for r in load_prompts(prompts, limit) if r["prompt"] not in done]
+    if not records:
+        return say(f"All prompts are labelled in {out}.")
+    _, _, _, answers = answer_all(folder, [r for r in records for _ in range(2)], temperature, seed, pick_device(device))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "a", encoding="utf-8") as file:
+        for i, record in enumerate(records):
+            first, second = (a.text for a in answers[2 * i : 2 * i + 2])
+            if first == second:
+                continue
+            width = max(20, console().width // 2 - 2)
+            console().print(Panel(escape(record["prompt"][-1]["content"]), title=f"{i + 1} of {len(records)}", title_align="left"))
+            console().print(Columns([Panel(escape(t), title=k, width=width) for k, t in (("1", first), ("2", second))]))
+            key = read_key("12sq")
+            if key == "q":
+                break
+            if key != "s":
+                chosen, rejected = (first, second) if key == "1" else (second, first)
+                file.write(json.dumps({"prompt": record["prompt"], "chosen": chosen, "rejected": rejected}) + "\n")
+                file.flush()
+    say(f"{out} holds {sum(1 for _ in read_lines(out, dict))} pairs.")
+
+
+def read_key(allowed: str) -> str:
+    """One key, without Enter on a terminal; else the next character of standard input that is allowed, q at its end."""
+    say(f"[bold]{' / '.join(allowed)}[/] ? ")
+    while True:
+        key = getchar() if sys.stdin.isatty() else sys.stdin.read(1)
+        if not key:
+            return "q"
+        if key.lower() in allowed:
+            return key.lower()
+        if key == "\x03":
+            raise KeyboardInterrupt
+
+
+def getchar() -> str:
+    try:
+        import termios
+        import tty
+    except ImportError:  # Windows
+        import msvcrt
+
+        return msvcrt.getwch()
+    before = termios.tcgetattr(sys.stdin)
+    try:
+        tty.setcbreak(sys.stdin)
+        return sys.stdin.read(1)
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    folder: Annotated[str, typer.Argument(help="Checkpoint folder to judge.")] = "out/sft",
+    against: Annotated[str | None, typer.Option(help="Checkpoint folder to compare with: KL, win rate.")] = None,
+    reward: Annotated[str | None, typer.Option(help="Reward model that judges too (with --against).")] = None,
+    prompts: Annotated[str, typer.Option(help="JSON lines with prompts and checks.")] = "data/instructions/val.jsonl",
+    limit: Annotated[int, typer.Option(help="Prompts, drawn evenly; 0: all.")] = 0,
+    task: Annotated[str | None, typer.Option(help="Prompts of this task only.")] = None,
+    text: Annotated[str | None, typer.Option("--data", help="Pretraining's data folder: what was forgotten.")] = "data/python",
+    temperature: Annotated[float, typer.Option(help="Of the answers; 0 is greedy.")] = 0.7,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object to standard output.")] = False,
+) -> None:
+    """How good a model's answers are, by rules that nobody can argue with; with 95 % confidence intervals."""
+    records = load_prompts(prompts, limit or None, task and [task])
+    text = text if text and Path(text).exists() else None
+    result = assess(folder, records, against, reward, temperature, seed, text, pick_device(device))
+    if as_json:
+        return print(json.dumps({name: dict(zip(("value", "low", "high", "n"), row, strict=True)) for name, row in result.items()}))
+    from rich.table import Table
+
+    table = Table("what", "value", "95 % interval", "n", title=f"{folder}{f' against {against}' if against else ''}", title_justify="left")
+    for name, (value, low, high, n) in result.items():
+        table.add_row(name, f"{value:.3f}", "" if low is None else f"{low:.3f} to {high:.3f}", f"{n:,}")
+    console().print(table)
+
+
+if __name__ == "__main__":
+    run_app(app)
