@@ -622,6 +622,7 @@ class DPOStage(RewardStage):
     beta: float = option(0.1, "How dear it is to leave the reference; 2 for simpo.")
     label_smoothing: float = option(0.0, "Share of the labels that may be wrong (dpo, norm, robust).")
     gamma: float = option(1.0, "Margin that is asked for (simpo).")
+    nll_weight: float = option(0.0, "Weight of -log p(chosen) a token, added to the loss: keeps the good answers likely.")
 
 
 class Run:
@@ -669,7 +670,7 @@ class Run:
 
     def open_weights(self, resume: str | None) -> None:
         """The base's, and when a stage goes on its own: all, or with LoRA the additions."""
-        o, base = self.o, seed_of(*(round(float(p.double().sum()), 6) for p in self.model.parameters()))
+        o, base = self.o, seed_of(*(round(p.detach().double().sum().item(), 6) for p in self.model.parameters()))
         if o.lora_rank:
             add_lora(self.model, o.lora_rank, o.lora_alpha, o.seed)
         if resume:
@@ -926,7 +927,8 @@ def dpo_run(o: DPOStage, resume: str | None = None) -> Run:
             margins = (o.beta * (chosen - rejected)).detach()
             stats = {"accuracy": (margins > 0).float().sum(), "margin": margins.sum(), "chosen": chosen.detach().sum(),
                      "rejected": rejected.detach().sum()}  # fmt: skip
-            return variant.loss(chosen, rejected, o.beta, **options).sum(), stats
+            nll = -(policy / lengths)[:, 0]  # (2404.19733, eq. 1: DPO alone lets the chosen answer fall with the rejected)
+            return (variant.loss(chosen, rejected, o.beta, **options) + o.nll_weight * nll).sum(), stats
 
         return loss
 
@@ -948,8 +950,9 @@ def sharpen(temperature: float, n_vocab: int, seed: int, device) -> Callable:
         logits = logits[:, :n_vocab]
         if temperature == 0:
             return logits.argmax(-1)
-        noise = torch.empty_like(logits).exponential_(generator=generator)  # Gumbel-max, as sample.py has it
-        return (logits / temperature - noise.clamp_(min=1e-30).log()).argmax(-1)
+        total = (logits / temperature).softmax(-1).cumsum(-1)  # one random number a row, where Gumbel noise needs V
+        u = torch.rand((len(logits), 1), generator=generator, device=device) * total[:, -1:]
+        return torch.searchsorted(total, u, right=True)[:, 0].clamp_(max=n_vocab - 1)
 
     return pick
 
@@ -960,24 +963,25 @@ class Answer(NamedTuple):
     ended: bool
 
 
-def rollout(model, tokenizer, prompts: list[list[int]], temperature=1.0, seed=0, max_new_tokens=None, batch=128, watch=None):
-    """An Answer to each prompt. Prompts of like length share a batch, whose draws come from (seed, its number); an answer
-    ends with the turn, with the text, or where the context is full."""
-    T, n = model.config.seq_len, len(prompts)
-    stop, answers = {tokenizer.im_end_id, tokenizer.eot_id} - {None}, [None] * n
+def rollout(model, tokenizer, prompts: list[list[int]], temperature=1.0, seed=0, max_new_tokens=None, samples=1, rows=128, watch=None):
+    """`samples` Answers to each prompt, one after the other; each ends with the turn, with the text, or where the context is
+    full. Prompts of like length share a batch of some `rows`, whose draws come from (seed, its number)."""
+    T, n, size = model.config.seq_len, len(prompts), max(1, rows // samples)
+    stop, answers = {tokenizer.im_end_id, tokenizer.eot_id} - {None}, [None] * (n * samples)
     order = sorted(range(n), key=lambda i: len(prompts[i]))
-    for start in range(0, n, batch):
-        rows = order[start : start + batch]
-        room = T - max(len(prompts[i]) for i in rows)
-        if room < 1:
-            raise UserError(f"A prompt of {T - room} tokens leaves no room for an answer: the context has {T}.")
+    if len(prompts[order[-1]]) >= T:
+        raise UserError(f"A prompt of {len(prompts[order[-1]])} tokens leaves no room for an answer: the context has {T}.")
+    for start in range(0, n, size):
+        batch = order[start : start + size]
+        rooms = [min(T - len(prompts[i]), max_new_tokens or T) for i in batch]
         pick = sharpen(temperature, tokenizer.n_vocab, seed_of(seed, start), next(model.parameters()).device)
-        new = generate(model, [prompts[i] for i in rows], min(room, max_new_tokens or room), pick, stop)
-        for i, ids in zip(rows, new, strict=True):
+        new = generate(model, [prompts[i] for i in batch], max(rooms), pick, stop, samples)
+        for k, ids in enumerate(new):
+            i, ids = batch[k // samples], ids[: rooms[k // samples]]
             ended = ids[-1] in stop
-            answers[i] = Answer(ids, tokenizer.decode(ids[:-1] if ended else ids), ended)
+            answers[i * samples + k % samples] = Answer(ids, tokenizer.decode(ids[:-1] if ended else ids), ended)
         if watch:
-            watch(len(rows))
+            watch(len(new))
     return answers
 
 
@@ -1099,18 +1103,15 @@ def as_example(prompt: list[int], answer: Answer) -> Example:
     return Example(prompt + answer.ids, [False] * len(prompt) + [True] * len(answer.ids))
 
 
-def answer_all(folder, records, temperature, seed, device, dtype="fp32"):
+def answer_all(folder, records, temperature, seed, device, max_new_tokens=None, samples=1):
     """-> model, tokenizer, prompts in tokens, answers."""
-    model = load_model(folder, device, pick_dtype(dtype, device))
+    model = load_model(folder, device, torch.float32 if device.type == "cpu" else pick_dtype("auto", device))
     if model.config.head != "lm":
         raise UserError(f"{folder} is a reward model: it gives scores, not answers.")
     tokenizer = load_tokenizer(folder)
     prompts = [render(tokenizer, r["prompt"], reply=True)[0] for r in records]
-    fits = [len(p) < model.config.seq_len for p in prompts]
-    if not all(fits):
-        raise UserError(f"{fits.count(False)} of {len(prompts)} prompts leave no room in the context of {model.config.seq_len} tokens.")
-    with progress(f"{folder} answers", len(prompts)) as advance:
-        return model, tokenizer, prompts, rollout(model, tokenizer, prompts, temperature, seed, watch=advance)
+    with progress(f"{folder} answers", len(prompts) * samples) as advance:
+        return model, tokenizer, prompts, rollout(model, tokenizer, prompts, temperature, seed, max_new_tokens, samples, watch=advance)
 
 
 def score_all(folder, conversations: list[list[dict]], device) -> list[float]:
@@ -1282,15 +1283,16 @@ def pairs(
     samples: Annotated[int, typer.Option(help="Answers to each prompt.")] = 6,
     limit: Annotated[int, typer.Option(help="Prompts, drawn evenly.")] = 1500,
     task: Annotated[str | None, typer.Option(help="Prompts of this task only.")] = None,
-    temperature: Annotated[float, typer.Option(help="Of the answers: 1 is the model's own distribution.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of the answers: 1 is the model's own distribution.")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     seed: Seed = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """A model's own answers, ranked by the checks: of each prompt one that passes all beside one that does not.
 
-    Prompts whose answers are all good or all bad teach nothing and are counted; so are good answers that the model would
-    give anyway. The worse answer is the one that passes the fewest checks."""
+    Prompts whose answers are all good or all bad teach nothing and are counted. The worse answer is the one that passes the
+    fewest checks among those that ended: one that was cut off would be given an end that nobody wrote, to unlearn it."""
     if samples < 2:
         raise UserError("--samples has to be at least 2: a preference is between two answers.")
     if out.exists() and not overwrite:
@@ -1298,17 +1300,16 @@ def pairs(
     records = [r for r in load_prompts(prompts, limit, task and [task]) if r["check"]]
     if not records:
         raise UserError(f"The prompts of {prompts} carry no checks: rank answers by hand with `python align.py label`.")
-    asked = [r for r in records for _ in range(samples)]
-    _, _, _, answers = answer_all(folder, asked, temperature, seed, pick_device(device))
+    _, _, _, answers = answer_all(folder, records, temperature, seed, pick_device(device), max_new_tokens, samples)
     made, counts = [], Counter()
     for i, record in enumerate(records):
         own = answers[i * samples : (i + 1) * samples]
         graded = sorted(((sum(grade(record["check"], a.text, a.ended).values()), a) for a in own), key=lambda g: -g[0])
-        good, bad = [g for g in graded if g[0] == len(CHECKS)], [g for g in graded if g[0] < len(CHECKS)]
+        good, bad = [g for g in graded if g[0] == len(CHECKS)], [g for g in graded if g[0] < len(CHECKS) and g[1].ended]
         counts["all good" if not bad else "none good" if not good else "pairs"] += 1
         if good and bad:
             made.append({"prompt": record["prompt"], "chosen": good[0][1].text, "rejected": bad[-1][1].text, "task": record["task"]})
-    say(f"{len(asked):,} answers of {folder} to {len(records):,} prompts: {describe(counts)}")
+    say(f"{len(answers):,} answers of {folder} to {len(records):,} prompts: {describe(counts)}")
     write_records(out, made, overwrite)
     say(f"{out} written.")
 
@@ -1333,7 +1334,7 @@ def label(
     records = [r for r in load_prompts(prompts, limit) if r["prompt"] not in done]
     if not records:
         return say(f"All prompts are labelled in {out}.")
-    _, _, _, answers = answer_all(folder, [r for r in records for _ in range(2)], temperature, seed, pick_device(device))
+    _, _, _, answers = answer_all(folder, records, temperature, seed, pick_device(device), samples=2)
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a", encoding="utf-8") as file:
         for i, record in enumerate(records):

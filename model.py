@@ -914,8 +914,10 @@ class Cache:
 
 
 @torch.inference_mode()
-def generate(model, prompts: list[list[int]], max_new_tokens: int, pick: Callable | None = None, eos_id=()):
+def generate(model, prompts: list[list[int]], max_new_tokens: int, pick: Callable | None = None, eos_id=(), samples: int = 1):
     """Continue each prompt: plain, batched, cached. -> the new ids of each, up to and with eos_id (one, or several).
+
+    samples: so many continuations of each prompt, one after the other in the result; the prompt is read once.
 
     pick: logits (B, V) -> ids (B,), greedy by default; sample.py has the others. Prompts are padded on the left
     with position -1, so every row's next token is in the same slot; positions, not slots, are what counts.
@@ -933,9 +935,13 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, pick: Callabl
     positions = positions.clamp(min=-1) if pads.any() else positions[0]
     dtype = model.compute_dtype or next(model.parameters()).dtype
     cache = Cache(model.config, B, T + max_new_tokens, device, dtype)
-    out, live = [[] for _ in prompts], list(range(B))  # live: the prompts that the rows of the batch belong to
-    for _ in range(max_new_tokens):
+    out, live = [[] for _ in range(B * samples)], list(range(B * samples))  # live: whose text each row of the batch is
+    for step in range(max_new_tokens):
         logits, _ = model(ids, positions=positions, cache=cache, output="last")
+        if step == 0 and samples > 1:
+            rows = torch.arange(B, device=device).repeat_interleave(samples)
+            logits, positions = logits[rows], positions[rows] if positions.dim() > 1 else positions
+            cache.keep(rows)
         ids = (pick or greedy)(logits[:, -1].float())[:, None]  # (B, 1)
         positions = positions[..., -1:] + 1
         going = []
