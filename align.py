@@ -622,7 +622,7 @@ class DPOStage(RewardStage):
     beta: float = option(0.1, "How dear it is to leave the reference; 2 for simpo.")
     label_smoothing: float = option(0.0, "Share of the labels that may be wrong (dpo, norm, robust).")
     gamma: float = option(1.0, "Margin that is asked for (simpo).")
-    nll_weight: float = option(0.0, "Weight of -log p(chosen) a token, added to the loss: keeps the good answers likely.")
+    nll_weight: float = option(1.0, "Weight of -log p(chosen) a token, added to the loss: keeps the good answers likely.")
 
 
 class Run:
@@ -657,11 +657,11 @@ class Run:
         val = o.val or next((str(p) for p in [Path(o.data[0]).with_name("val.jsonl")] if p.exists() and str(p) not in o.data), None)
         self.items, self.counts = load_items(o.data, self.tokenizer, T, ranked)
         self.val = load_items([val], self.tokenizer, T, ranked)[0] if val else []
-        if not self.val:
-            order = np.random.default_rng(0).permutation(len(self.items))
-            held = set(order[: -(-len(self.items) // 20)].tolist()) if len(self.items) > 1 else {0}
-            self.val = [self.items[i] for i in sorted(held)]
-            self.items = [item for i, item in enumerate(self.items) if i not in held] or self.val
+        if not self.val and self.items:  # by prompt, so that none is on both sides
+            prompts = [seed_of(item[0].ids[: item[0].trained.index(True)]) for item in self.items]
+            held = {p for p in prompts if p % 20 == 0} or {prompts[-1]}
+            self.val = [item for item, p in zip(self.items, prompts, strict=True) if p in held]
+            self.items = [item for item, p in zip(self.items, prompts, strict=True) if p not in held] or self.val
         if not self.items:
             raise UserError(f"There is nothing to learn in {', '.join(o.data)} ({describe(self.counts)}).")
         self.val = self.val[:500]
@@ -763,8 +763,8 @@ class Run:
     def evaluate(self) -> None:
         self.model.eval()
         result = self.measure(range(len(self.val)), self.val, self.val_loss, backward=False)
+        self.result = {f"val_{k}": v for k, v in (result | self.also()).items()}
         self.model.train()
-        self.result = {f"val_{k}": v for k, v in result.items()}
         self.log.write({"step": self.at, **self.result, "seconds": time.perf_counter() - self.began})
         self.log.say(f"step {self.at}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in self.result.items()))
 
@@ -812,6 +812,10 @@ class Run:
         say(f"{self.out} written after {time.perf_counter() - self.began:.0f} s.")
         return self.result
 
+    def also(self) -> dict:
+        """What an evaluation measures beside the means."""
+        return {}
+
     def asked(self, stopping: Stopping) -> bool:
         asked = torch.tensor(float(stopping.asked), device=self.ranks.device)
         if self.ranks.world > 1:
@@ -853,7 +857,7 @@ def reward_run(o: RewardStage, resume: str | None = None) -> Run:
     """Loss: Bradley-Terry on the scores of a ranking's answers; accuracy: of its best against its worst.
 
     Healthy: the loss begins at ln 2 = 0.693 and accuracy rises well above 0.5; val_loss that rises while accuracy stays
-    is overconfidence, which `calibration` shows (mean distance between the probability that the scores give the chosen
+    is overconfidence, which `calibration_error` shows (mean distance between the probability that the scores give the chosen
     answer and the share of times that it was right, in ten bins: Guo et al. 2017, 1706.04599).
     """
     run = Run(o, resume, ranked=True, head="score")
@@ -868,7 +872,12 @@ def reward_run(o: RewardStage, resume: str | None = None) -> Run:
 
         return loss
 
-    run.loss, run.val_loss = loss_on(run.items), loss_on(run.val)
+    def calibration():
+        batches = run.micro_batches(range(len(run.val)), run.val)
+        ends = [rewards(run.model, run.collate([e for i in b for e in (run.val[i][0], run.val[i][-1])])).view(-1, 2) for b in batches]
+        return {"calibration_error": calibration_error(torch.cat([e[:, 0] - e[:, 1] for e in ends]).cpu())}
+
+    run.loss, run.val_loss, run.also = loss_on(run.items), loss_on(run.val), calibration
     return run
 
 
@@ -888,11 +897,12 @@ def calibration_error(margins, bins: int = 10) -> float:
 
 
 def dpo_run(o: DPOStage, resume: str | None = None) -> Run:
-    """Loss: of VARIANTS, on a ranking's best and worst answer; the reference's log p is computed once and kept in state/.
+    """Loss: one of VARIANTS (`preference`) on a ranking's best and worst answer, and nll_weight times -log p of the best a
+    token (`nll`). The reference's log p is computed once and kept in state/.
 
-    Healthy: the loss begins at ln 2 (ipo: 1 / (2 beta)^2), accuracy (of rankings, is the margin positive) and margin
-    (beta times the difference of log-ratios) rise. `chosen` and `rejected` are log-ratios: the rejected falls, and the
-    chosen too, some; when the chosen falls as fast, the model leaves both: a larger beta or a smaller rate.
+    Healthy: `preference` begins at ln 2 (ipo: 1 / (2 beta)^2); accuracy (of rankings, is the margin positive) and margin
+    (beta times the difference of log-ratios) rise. `chosen` and `rejected` are log-ratios: the rejected falls, and without
+    nll the chosen too. When it falls as fast the model leaves both, and soon forgets to end: raise beta or nll_weight.
     """
     if o.loss not in VARIANTS:
         raise UserError(f"--loss is one of {', '.join(VARIANTS)}; not {o.loss!r}.")
@@ -900,7 +910,7 @@ def dpo_run(o: DPOStage, resume: str | None = None) -> Run:
         raise UserError("--beta has to be above zero, and --label-smoothing from 0 up to, not with, 0.5.")
     variant, run = VARIANTS[o.loss], Run(o, resume, ranked=True)
     run.unit = lambda item: 1.0
-    run.names = ["accuracy", "chosen", "loss", "margin", "rejected"]
+    run.names = ["accuracy", "chosen", "loss", "margin", "nll", "preference", "rejected"]
     options = {name: getattr(o, name) for name in variant.options}
 
     def both(model, items, picks):  # -> log p of (chosen, rejected), (n, 2), and their lengths
@@ -925,10 +935,11 @@ def dpo_run(o: DPOStage, resume: str | None = None) -> Run:
             ratios = ratios / lengths if variant.mean else ratios
             chosen, rejected = ratios.unbind(1)
             margins = (o.beta * (chosen - rejected)).detach()
-            stats = {"accuracy": (margins > 0).float().sum(), "margin": margins.sum(), "chosen": chosen.detach().sum(),
-                     "rejected": rejected.detach().sum()}  # fmt: skip
+            preference = variant.loss(chosen, rejected, o.beta, **options)
             nll = -(policy / lengths)[:, 0]  # (2404.19733, eq. 1: DPO alone lets the chosen answer fall with the rejected)
-            return (variant.loss(chosen, rejected, o.beta, **options) + o.nll_weight * nll).sum(), stats
+            stats = {"accuracy": (margins > 0).float(), "margin": margins, "chosen": chosen, "rejected": rejected,
+                     "preference": preference, "nll": nll}  # fmt: skip
+            return (preference + o.nll_weight * nll).sum(), {name: values.detach().sum() for name, values in stats.items()}
 
         return loss
 
@@ -1012,7 +1023,7 @@ def load_prompts(path: str, limit: int | None, tasks=None) -> list[dict]:
             prompt = read_prompt(record)
         if not prompt:
             raise ValueError("nothing is asked in it")
-        return {"prompt": prompt, "task": record.get("task", "any"), "check": record.get("check")}
+        return {"prompt": prompt, **{key: record.get(key) for key in ("task", "check", "held_out")}}
 
     records = [r for r in read_lines(path, read) if not tasks or r["task"] in tasks]
     if limit and len(records) > limit:  # an even part of each task
@@ -1109,7 +1120,8 @@ def answer_all(folder, records, temperature, seed, device, max_new_tokens=None, 
     if model.config.head != "lm":
         raise UserError(f"{folder} is a reward model: it gives scores, not answers.")
     tokenizer = load_tokenizer(folder)
-    prompts = [render(tokenizer, r["prompt"], reply=True)[0] for r in records]
+    prompts = [[tokenizer.eot_id, *tokenizer.encode(r["plain"])] if "plain" in r else render(tokenizer, r["prompt"], reply=True)[0]
+               for r in records]  # fmt: skip
     with progress(f"{folder} answers", len(prompts) * samples) as advance:
         return model, tokenizer, prompts, rollout(model, tokenizer, prompts, temperature, seed, max_new_tokens, samples, watch=advance)
 
@@ -1153,22 +1165,39 @@ def compare(folder, against, reward, records, model, prompts, answers, temperatu
     return result
 
 
+PLAIN_END = {"body": r"\n(?=\S)", "continue": r"\n(?=\S)", "doc": r'"""', "name": r"\("}
+
+
+def plainly(records: list[dict]) -> list[dict]:
+    """The prompts as a base model would meet them: the text itself up to where the answer begins, no conversation. Such an
+    answer ends where the text does something else: a line that is not indented, the closing quotes."""
+    return [{**r, "plain": r["check"]["before"]} for r in records if r["check"] and r["task"] in PLAIN_END]
+
+
+def cut_plain(record: dict, answer: Answer) -> Answer:
+    found = re.search(PLAIN_END[record["task"]], answer.text)
+    return answer._replace(text=answer.text[: found.start()], ended=True) if found else answer
+
+
 def assess(folder, records, against=None, reward=None, temperature=0.7, seed=0, text=None, device=None) -> dict:
     """Everything that `evaluate` prints: {name: (value, low, high, n)}."""
     device, result = device or pick_device(), {}
     model, tokenizer, prompts, answers = answer_all(folder, records, temperature, seed, device)
+    if "plain" in records[0]:
+        answers = [cut_plain(r, a) for r, a in zip(records, answers, strict=True)]
     grades = [grade(r["check"], a.text, a.ended) if r["check"] else {"ends": a.ended} for r, a in zip(records, answers, strict=True)]
 
     def rate(name, outcomes):
         result[name] = (sum(outcomes) / len(outcomes), *wilson(sum(outcomes), len(outcomes)), len(outcomes))
 
-    checked = [(r["task"], g) for r, g in zip(records, grades, strict=True) if r["check"]]
-    for task in dict.fromkeys(t for t, _ in checked):
-        rate(f"good: {task}", [all(g.values()) for t, g in checked if t == task])
-    if checked:
-        rate("good", [all(g.values()) for _, g in checked])
+    checked = [(r, g) for r, g in zip(records, grades, strict=True) if r["check"]]
+    for task in sorted({r["task"] for r, _ in checked}):
+        held_out = any(r["held_out"] for r, _ in checked if r["task"] == task)
+        rate(f"good: {task}{' (held out)' * held_out}", [all(g.values()) for r, g in checked if r["task"] == task])
+    trained = [g for r, g in checked if not r["held_out"]] or grades  # the figures below are of the tasks that were trained
+    rate("good", [all(g.values()) for g in trained])
     for name in CHECKS if checked else ("ends",):
-        rate(name, [g[name] for g in grades if name in g])
+        rate(name, [g[name] for g in trained if name in g])
     rate("distinct", [i == 0 for i in (Counter(a.text for a in answers[: k + 1])[a.text] - 1 for k, a in enumerate(answers))])
     result["length, tokens"] = (*mean_interval([len(a.ids) for a in answers]), len(answers))
     if against:
@@ -1225,7 +1254,7 @@ def data(
         with progress(f"{split}: reading functions", most * tasks) as advance:
             for record, counts in instructions_of(source, split, most, max_tokens, seed):  # noqa: B007
                 if split == "val" or record["task"] != held_out:
-                    made[split].append(record)
+                    made[split].append(record | ({"held_out": True} if record["task"] == held_out else {}))
                     advance()
         dropped = {k: v for k, v in counts.items() if k not in TASKS}
         say(f"{split}: {describe(Counter(r['task'] for r in made[split]))}; {describe(dropped)}")
@@ -1289,7 +1318,7 @@ def pairs(
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """A model's own answers, ranked by the checks: of each prompt one that passes all beside one that does not.
+    """A model's own answers, ranked by the checks: of each prompt those that pass all beside as many that do not.
 
     Prompts whose answers are all good or all bad teach nothing and are counted. The worse answer is the one that passes the
     fewest checks among those that ended: one that was cut off would be given an end that nobody wrote, to unlearn it."""
@@ -1306,10 +1335,12 @@ def pairs(
         own = answers[i * samples : (i + 1) * samples]
         graded = sorted(((sum(grade(record["check"], a.text, a.ended).values()), a) for a in own), key=lambda g: -g[0])
         good, bad = [g for g in graded if g[0] == len(CHECKS)], [g for g in graded if g[0] < len(CHECKS) and g[1].ended]
-        counts["all good" if not bad else "none good" if not good else "pairs"] += 1
-        if good and bad:
-            made.append({"prompt": record["prompt"], "chosen": good[0][1].text, "rejected": bad[-1][1].text, "task": record["task"]})
+        counts["all good" if not bad else "none good" if not good else "with both"] += 1
+        different = zip(dict.fromkeys(a.text for _, a in good), dict.fromkeys(a.text for _, a in reversed(bad)), strict=False)
+        made += [{"prompt": record["prompt"], "chosen": c, "rejected": r, "task": record["task"]} for c, r in different]
     say(f"{len(answers):,} answers of {folder} to {len(records):,} prompts: {describe(counts)}")
+    if not made:
+        raise UserError(f"No prompt had a good answer beside a bad one: train {folder} further, or raise --temperature.")
     write_records(out, made, overwrite)
     say(f"{out} written.")
 
@@ -1358,29 +1389,9 @@ def read_key(allowed: str) -> str:
     """One key, without Enter on a terminal; else the next character of standard input that is allowed, q at its end."""
     say(f"[bold]{' / '.join(allowed)}[/] ? ")
     while True:
-        key = getchar() if sys.stdin.isatty() else sys.stdin.read(1)
-        if not key:
-            return "q"
+        key = typer.getchar() if sys.stdin.isatty() else sys.stdin.read(1) or "q"
         if key.lower() in allowed:
             return key.lower()
-        if key == "\x03":
-            raise KeyboardInterrupt
-
-
-def getchar() -> str:
-    try:
-        import termios
-        import tty
-    except ImportError:  # Windows
-        import msvcrt
-
-        return msvcrt.getwch()
-    before = termios.tcgetattr(sys.stdin)
-    try:
-        tty.setcbreak(sys.stdin)
-        return sys.stdin.read(1)
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 @app.command("evaluate")
@@ -1393,12 +1404,15 @@ def evaluate_command(
     task: Annotated[str | None, typer.Option(help="Prompts of this task only.")] = None,
     text: Annotated[str | None, typer.Option("--data", help="Pretraining's data folder: what was forgotten.")] = "data/python",
     temperature: Annotated[float, typer.Option(help="Of the answers; 0 is greedy.")] = 0.7,
+    plain: Annotated[bool, typer.Option("--plain", help="Let it go on with the text, as a base model does.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object to standard output.")] = False,
 ) -> None:
     """How good a model's answers are, by rules that nobody can argue with; with 95 % confidence intervals."""
     records = load_prompts(prompts, limit or None, task and [task])
+    if plain and (against or not (records := plainly(records))):
+        raise UserError("--plain needs prompts with checks, and no --against: a base model is judged by itself.")
     text = text if text and Path(text).exists() else None
     result = assess(folder, records, against, reward, temperature, seed, text, pick_device(device))
     if as_json:

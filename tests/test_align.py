@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from conftest import ROOT, command, wait_for
 import align
 import sample
 from align import Example, collate, grade, logps, pack, rewards
-from model import IGNORE, Config, Transformer, UserError, load_model, load_state, load_tokenizer, render, save_checkpoint
+from model import IGNORE, PRESETS, Config, Transformer, UserError, load_model, load_state, load_tokenizer, render, save_checkpoint
 
 TALK = [{"role": "user", "content": "def f(a):"}, {"role": "assistant", "content": "    return a + 1"}]
 
@@ -268,6 +269,7 @@ SMALL = ["--max-steps", "6", "--batch-size", "4", "--warmup-steps", "1", "--eval
 
 
 def stage(name, base, data, out, *more, **kw):
+    more = ("--nll-weight", "0", *more) if name == "dpo" and "--nll-weight" not in more else more
     return command("align.py", name, "--model", base, "--data", data, "--out", out, *SMALL, *more, **kw)
 
 
@@ -379,7 +381,8 @@ def test_micro_batches_change_nothing(base, lines, tmp_path):
 
 @pytest.mark.parametrize("loss", ["robust", "norm", "ipo", "simpo"])
 def test_variants_run(loss, base, lines, tmp_path):
-    code, _, err = stage("dpo", base, lines / "pairs.jsonl", tmp_path / "v", "--loss", loss, "--label-smoothing", "0.1", "--gamma", "0.5")
+    more = ("--loss", loss, "--label-smoothing", "0.1", "--gamma", "0.5")
+    code, _, err = stage("dpo", base, lines / "pairs.jsonl", tmp_path / "v", *more)
     assert code == 0, err
     rows = [r["val_loss"] for r in records(tmp_path / "v") if "val_loss" in r]
     first = {"norm": math.log(2), "robust": math.log(2), "ipo": 25.0}.get(loss)
@@ -387,9 +390,19 @@ def test_variants_run(loss, base, lines, tmp_path):
     assert rows[-1] < rows[0]
 
 
+def test_the_chosen_answer_is_kept_likely(base, lines, tmp_path):
+    for weight in ("0", "5"):
+        code, _, err = stage("dpo", base, lines / "pairs.jsonl", tmp_path / weight, "--nll-weight", weight, "--lr", "0.01")
+        assert code == 0, err
+    without, kept = ([r for r in records(tmp_path / w) if "val_nll" in r] for w in ("0", "5"))
+    assert kept[-1]["val_nll"] < without[-1]["val_nll"]
+    assert kept[0]["val_loss"] == pytest.approx(kept[0]["val_preference"] + 5 * kept[0]["val_nll"], abs=1e-4)
+
+
 def test_the_reference_is_kept(stages):
     tensors, state = load_state(stages / "dpo")
-    assert tensors["reference/items"].shape == (11, 2) and state["finished"] and state["counts"]["kept"] == 12
+    kept = tensors["reference/items"], tensors["reference/val"]
+    assert [t.shape[1] for t in kept] == [2, 2] and sum(map(len, kept)) == 12 and state["finished"] and state["counts"]["kept"] == 12
 
 
 @pytest.mark.parametrize(
@@ -425,7 +438,7 @@ def test_show_mask(base, lines):
 def test_pairs_evaluate_label(stages, lines, tmp_path, modules):
     """The commands around a stage, on a model that has learned next to nothing."""
     code, _, err = command("align.py", "pairs", stages / "sft", "--prompts", lines / "prompts.jsonl", "--out", tmp_path / "p.jsonl")
-    assert code == 0 and "none good" in err, err
+    assert code == 2 and "none good" in err and "train" in err and not (tmp_path / "p.jsonl").exists(), err
     args = ("align.py", "evaluate", stages / "sft", "--against", stages / "dpo", "--prompts", lines / "prompts.jsonl")
     args += ("--data", modules)
     code, out, err = command(*args, "--reward", stages / "reward", "--json")
@@ -435,6 +448,25 @@ def test_pairs_evaluate_label(stages, lines, tmp_path, modules):
     assert found["bits per byte of the pretraining text"]["value"] > 1 and 0 <= found["wins by the reward model"]["value"] <= 1
     code, out, err = command(*args)
     assert code == 0 and "95 % interval" in err
+    code, out, err = command("align.py", "evaluate", stages / "sft", "--prompts", lines / "prompts.jsonl", "--plain", "--json")
+    assert code == 0 and json.loads(out)["good"]["n"] == 4, err
+
+
+def test_plain_answers_end_with_the_function():
+    answer = align.Answer([1], "    return a + b\n\nclass X:\n    pass", False)
+    assert align.cut_plain({"task": "body"}, answer) == ([1], "    return a + b\n", True)
+    assert align.cut_plain({"task": "doc"}, answer).ended is False
+
+
+def test_pairs_are_good_against_bad(base, lines, tmp_path, monkeypatch):
+    """Each good answer beside a bad one that ended; a prompt without both gives none."""
+    texts = ["    return a + 1", "    pass", "    return a - 1", "    return a, a", "    pass", "    pass"]
+    texts += ["    return -a"] * 6 + ["    pass"] * 12
+    answers = [align.Answer([1], t, i != 3) for i, t in enumerate(texts)]
+    monkeypatch.setattr(align, "answer_all", lambda *a, **k: (None, None, None, answers))
+    align.pairs(str(base), str(lines / "prompts.jsonl"), tmp_path / "p.jsonl", samples=6, device="cpu")
+    made = [json.loads(line) for line in open(tmp_path / "p.jsonl")]
+    assert [(m["chosen"], m["rejected"]) for m in made] == [("    return a + 1", "    pass")]
 
 
 def test_label_writes_what_was_chosen(base, lines, tmp_path, monkeypatch):
@@ -444,6 +476,20 @@ def test_label_writes_what_was_chosen(base, lines, tmp_path, monkeypatch):
     assert len(made) == 2 and made[0].keys() == {"prompt", "chosen", "rejected"}
     items, _ = align.load_items([tmp_path / "l.jsonl"], load_tokenizer(base), 4000, True)
     assert len(items) == 2
+
+
+def test_calibration_error():
+    """Nothing for a coin, and for odds that come true; large for one who is sure and wrong."""
+    assert align.calibration_error(torch.zeros(8)) == 0
+    assert align.calibration_error(torch.tensor([math.log(3)] * 3 + [-math.log(3)])) == pytest.approx(0, abs=1e-6)
+    assert align.calibration_error(torch.full((4,), -20.0)) == pytest.approx(1)
+
+
+def test_a_prompt_is_on_one_side(base, tmp_path):
+    rows = [{"prompt": f"q{i // 3}", "chosen": f"a{i}", "rejected": "b"} for i in range(120)]
+    run = align.reward_run(align.RewardStage(model=str(base), data=(str(write(tmp_path / "p.jsonl", *rows)),), device="cpu"))
+    train, val = ({tuple(i[0].ids[: i[0].trained.index(True)]) for i in items} for items in (run.items, run.val))
+    assert train and val and not train & val and len(run.items) + len(run.val) == 120
 
 
 def test_kl_by_hand(base):
@@ -506,7 +552,7 @@ def trl(base, tmp_path_factory):
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     pairs = [(f"def f{i}(a):", f"    return a + {i}", "    pass  # " + "no " * i) for i in range(6)]
     start = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-    common = {"output_dir": str(home), "report_to": [], "use_cpu": True, "bf16": False, "per_device_train_batch_size": 6, "max_length": None}
+    common = {"output_dir": str(home), "report_to": [], "use_cpu": True, "bf16": False, "max_length": None}
 
     def batch(trainer):
         trainer.model.eval()
@@ -516,7 +562,7 @@ def trl(base, tmp_path_factory):
         return [[Example(*render(tokenizer, [{"role": "user", "content": p}, {"role": "assistant", "content": a}])) for a in (c, r)]
                 for p, c, r in pairs]  # fmt: skip
 
-    return trl, datasets.Dataset, tokenizer, model, pairs, start, common | {"per_device_eval_batch_size": 6}, batch, items
+    return trl, datasets.Dataset, tokenizer, model, pairs, start, common | {"per_device_eval_batch_size": 6, "per_device_train_batch_size": 6}, batch, items
 
 
 @pytest.mark.slow
@@ -558,10 +604,56 @@ def test_dpo_losses_equal_trls(ours, kind, trl, base):
 def test_simpo_loss_equals_trls():
     cpo = pytest.importorskip("trl.experimental.cpo")
     chosen, rejected = torch.randn(5), torch.randn(5)
-    fake = type("T", (), {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.7, "label_smoothing": 0.0, "accelerator": type("A", (), {"device": "cpu"})})
-    theirs = cpo.CPOTrainer.cpo_loss(fake, chosen, rejected)[0]
-    gamma = 0.7  # trl divides by beta and multiplies by it again
-    torch.testing.assert_close(theirs, align.simpo_loss(chosen, rejected, 2.0, gamma), rtol=1e-4, atol=1e-4)
+    cpu = SimpleNamespace(device="cpu")
+    trainer = SimpleNamespace(loss_type="simpo", beta=2.0, simpo_gamma=0.7, label_smoothing=0.0, accelerator=cpu)
+    theirs = cpo.CPOTrainer.cpo_loss(trainer, chosen, rejected)[0]
+    torch.testing.assert_close(theirs, align.simpo_loss(chosen, rejected, 2.0, 0.7), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward"])
+def test_steps_per_second_against_trls(stage, modules, tmp_path):
+    """The default model's shape, 32 conversations of `modules` a step, float32 on both sides, taking turns."""
+    trl, transformers, datasets = (pytest.importorskip(name) for name in ("trl", "transformers", "datasets"))
+    tokenizer = load_tokenizer(modules)
+    config = PRESETS["micro"].replace(vocab_size=4096, eos_id=tokenizer.eot_id, pad_id=tokenizer.pad_id)
+    save_checkpoint(tmp_path / "base", Transformer(config).init_weights(), modules / "tokenizer.json")
+    talks = [r["messages"] for r, _ in align.instructions_of(str(modules), "train", 60, 256, 0)]
+    start = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    rows = [{"prompt": start.format(q["content"]), "completion": a["content"]} for q, a in talks]
+    if stage == "sft":
+        write(tmp_path / "d.jsonl", *({"messages": m} for m in talks))
+        kind, trainer, settings = align.Stage, trl.SFTTrainer, trl.SFTConfig
+    else:
+        write(tmp_path / "d.jsonl", *({"prompt": q["content"], "chosen": a["content"], "rejected": "    pass"} for q, a in talks))
+        rows = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "    pass"} for r in rows]
+        kind, trainer, settings = align.DPOStage, trl.DPOTrainer, trl.DPOConfig
+        if stage == "reward":
+            kind, trainer, settings = align.RewardStage, trl.RewardTrainer, trl.RewardConfig
+            rows = [{k: f"{r['prompt']}{r[k]}<|im_end|>\n" for k in ("chosen", "rejected")} for r in rows]
+    o = kind(model=str(tmp_path / "base"), data=(str(tmp_path / "d.jsonl"),), out=str(tmp_path / "o"), dtype="fp32", device="cpu")
+    run = {"sft": align.sft_run, "dpo": align.dpo_run, "reward": align.reward_run}[stage](o)
+    run.model.train()
+    hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
+    auto = transformers.AutoModelForSequenceClassification if stage == "reward" else transformers.AutoModelForCausalLM
+    more = {"num_labels": 1} if stage == "reward" else {}
+    rounds, steps, times = 3, 4, {"ours": [], "trl's": []}
+    theirs = settings(str(tmp_path / "t"), report_to=[], use_cpu=True, bf16=False, per_device_train_batch_size=32, max_length=256,
+                      max_steps=steps, save_strategy="no", gradient_checkpointing=False, disable_tqdm=True)  # fmt: skip
+    model = auto.from_pretrained(tmp_path / "base", dtype=torch.float32, **more)
+    theirs = trainer(model, args=theirs, train_dataset=datasets.Dataset.from_list(rows), processing_class=hf)
+    for i in range(rounds + 1):
+        begin = time.perf_counter()
+        for _ in range(steps):
+            run.step(1e-4)
+            run.at += 1
+        ours, found = time.perf_counter() - begin, theirs.train().metrics["train_runtime"]
+        if i:
+            times["ours"].append(ours / steps)
+            times["trl's"].append(found / steps)
+    ours, found = (sorted(t)[len(t) // 2] for t in times.values())
+    print(f"\n{stage}: {ours * 1e3:.0f} ms a step, trl {found * 1e3:.0f}: {found / ours:.2f} times as fast; all: {times}")
+    assert found > 1.2 * ours
 
 
 @pytest.mark.slow
