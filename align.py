@@ -633,7 +633,7 @@ class Run:
 
     def __init__(self, o: Stage, resume: str | None, ranked: bool, head: str = "lm"):
         self.began, self.o, self.ranks, self.resume = time.perf_counter(), o, setup_distributed(o.device), resume
-        base, self.out = find_checkpoint(o.model), Path(o.out)
+        base, self.out = find_checkpoint(resume if resume and not o.lora_rank else o.model), Path(o.out)
         self.tokenizer_file, self.tokenizer = base / "tokenizer.json", load_tokenizer(base)
         self.model = load_model(base, self.ranks.device)
         if head != self.model.config.head:
@@ -669,7 +669,7 @@ class Run:
         self.fingerprint = [seed_of(Path(p).read_bytes()) for p in (*o.data, *([val] if val else []))]
 
     def open_weights(self, resume: str | None) -> None:
-        """The base's, and when a stage goes on its own: all, or with LoRA the additions."""
+        """The base's, or when a stage goes on its own; with LoRA the base's and its own additions."""
         o, base = self.o, seed_of(*(round(p.detach().double().sum().item(), 6) for p in self.model.parameters()))
         if o.lora_rank:
             add_lora(self.model, o.lora_rank, o.lora_alpha, o.seed)
@@ -679,8 +679,6 @@ class Run:
             if o.lora_rank:
                 own = {k.removeprefix("weights/"): v for k, v in self.tensors.items() if k.startswith("weights/")}
                 self.model.load_state_dict(own, strict=False)
-            else:
-                self.model.load_state_dict(load_model(resume).state_dict())
         self.base = base
 
     def save(self, finished: bool = False) -> None:

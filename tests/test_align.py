@@ -562,7 +562,8 @@ def trl(base, tmp_path_factory):
         return [[Example(*render(tokenizer, [{"role": "user", "content": p}, {"role": "assistant", "content": a}])) for a in (c, r)]
                 for p, c, r in pairs]  # fmt: skip
 
-    return trl, datasets.Dataset, tokenizer, model, pairs, start, common | {"per_device_eval_batch_size": 6, "per_device_train_batch_size": 6}, batch, items
+    common |= {"per_device_eval_batch_size": 6, "per_device_train_batch_size": 6}
+    return trl, datasets.Dataset, tokenizer, model, pairs, start, common, batch, items
 
 
 @pytest.mark.slow
