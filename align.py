@@ -972,26 +972,17 @@ class Answer(NamedTuple):
     ended: bool
 
 
-def rollout(model, tokenizer, prompts: list[list[int]], temperature=1.0, seed=0, max_new_tokens=None, samples=1, rows=128, watch=None):
+def rollout(model, tokenizer, prompts: list[list[int]], temperature=1.0, seed=0, max_new_tokens=None, samples=1, rows=128):
     """`samples` Answers to each prompt, one after the other; each ends with the turn, with the text, or where the context is
-    full. Prompts of like length share a batch of some `rows`, whose draws come from (seed, its number)."""
-    T, n, size = model.config.seq_len, len(prompts), max(1, rows // samples)
-    stop, answers = {tokenizer.im_end_id, tokenizer.eot_id} - {None}, [None] * (n * samples)
-    order = sorted(range(n), key=lambda i: len(prompts[i]))
-    if len(prompts[order[-1]]) >= T:
-        raise UserError(f"A prompt of {len(prompts[order[-1]])} tokens leaves no room for an answer: the context has {T}.")
-    for start in range(0, n, size):
-        batch = order[start : start + size]
-        rooms = [min(T - len(prompts[i]), max_new_tokens or T) for i in batch]
-        pick = sharpen(temperature, tokenizer.n_vocab, seed_of(seed, start), next(model.parameters()).device)
-        new = generate(model, [prompts[i] for i in batch], max(rooms), pick, stop, samples)
-        for k, ids in enumerate(new):
-            i, ids = batch[k // samples], ids[: rooms[k // samples]]
-            ended = ids[-1] in stop
-            answers[i * samples + k % samples] = Answer(ids, tokenizer.decode(ids[:-1] if ended else ids), ended)
-        if watch:
-            watch(len(new))
-    return answers
+    full."""
+    rooms = [min(model.config.seq_len - len(p), max_new_tokens or math.inf) for p in prompts]
+    if min(rooms) < 1:
+        longest = max(len(p) for p in prompts)
+        raise UserError(f"A prompt of {longest} tokens leaves no room for an answer: the context has {model.config.seq_len}.")
+    stop = {tokenizer.im_end_id, tokenizer.eot_id} - {None}
+    pick = sharpen(temperature, tokenizer.n_vocab, seed, next(model.parameters()).device)
+    new = generate(model, prompts, rooms, pick, stop, samples, rows)
+    return [Answer(ids, tokenizer.decode(ids[: len(ids) - (ids[-1] in stop)]), ids[-1] in stop) for ids in new]
 
 
 def progress(text: str, total: int):
@@ -1120,8 +1111,13 @@ def answer_all(folder, records, temperature, seed, device, max_new_tokens=None, 
     tokenizer = load_tokenizer(folder)
     prompts = [[tokenizer.eot_id, *tokenizer.encode(r["plain"])] if "plain" in r else render(tokenizer, r["prompt"], reply=True)[0]
                for r in records]  # fmt: skip
+    answers = []
     with progress(f"{folder} answers", len(prompts) * samples) as advance:
-        return model, tokenizer, prompts, rollout(model, tokenizer, prompts, temperature, seed, max_new_tokens, samples, watch=advance)
+        for i in range(0, len(prompts), 1000):
+            some = prompts[i : i + 1000]
+            answers += rollout(model, tokenizer, some, temperature, seed_of(seed, i), max_new_tokens, samples)
+            advance(len(some) * samples)
+    return model, tokenizer, prompts, answers
 
 
 def score_all(folder, conversations: list[list[dict]], device) -> list[float]:
@@ -1307,8 +1303,8 @@ def pairs(
     folder: Annotated[str, typer.Argument(help="Checkpoint folder that answers.")] = "out/sft",
     prompts: Annotated[str, typer.Option(help="JSON lines with prompts and checks.")] = "data/instructions/train.jsonl",
     out: Annotated[Path, typer.Option(help="JSON-lines file to write.")] = Path("data/pairs.jsonl"),
-    samples: Annotated[int, typer.Option(help="Answers to each prompt.")] = 6,
-    limit: Annotated[int, typer.Option(help="Prompts, drawn evenly.")] = 1500,
+    samples: Annotated[int, typer.Option(help="Answers to each prompt.")] = 3,
+    limit: Annotated[int, typer.Option(help="Prompts, drawn evenly.")] = 8000,
     task: Annotated[str | None, typer.Option(help="Prompts of this task only.")] = None,
     temperature: Annotated[float, typer.Option(help="Of the answers: 1 is the model's own distribution.")] = 0.7,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,

@@ -903,6 +903,18 @@ class Cache:
         """Go on with these rows of the batch only."""
         self.k, self.v, self.positions = self.k[:, rows], self.v[:, rows], self.positions[rows]
 
+    def join(self, other: Cache) -> None:
+        """The rows of another cache below these, both moved so that they end in the same slot."""
+        long = [int(c.positions[:, c.n - 1].max()) + 1 for c in (self, other)]  # slots that any row needs
+        n, room = max(long), max(c.positions.shape[1] - c.n for c in (self, other))
+        places = [c.k.shape[1] for c in (self, other)]
+        k, v = (self.k.new_zeros((len(self.k), sum(places), self.k.shape[2], n + room, self.k.shape[4])) for _ in range(2))
+        positions = self.positions.new_full((sum(places), n + room), -1)
+        for c, used, rows in zip((self, other), long, (slice(places[0]), slice(places[0], None)), strict=True):
+            k[:, rows, :, n - used : n], v[:, rows, :, n - used : n] = (a[:, :, :, c.n - used : c.n] for a in (c.k, c.v))
+            positions[rows, n - used : n] = c.positions[:, c.n - used : c.n]
+        self.k, self.v, self.positions, self.n, self.ragged = k, v, positions, n, True
+
     def rewind(self, n: int) -> None:
         """Forget all but the first n slots (a rejected draft, a turn taken back)."""
         self.positions[:, n:] = -1
@@ -914,50 +926,70 @@ class Cache:
 
 
 @torch.inference_mode()
-def generate(model, prompts: list[list[int]], max_new_tokens: int, pick: Callable | None = None, eos_id=(), samples: int = 1):
-    """Continue each prompt: plain, batched, cached. -> the new ids of each, up to and with eos_id (one, or several).
+def generate(model, prompts: list[list[int]], max_new_tokens, pick: Callable | None = None, eos_id=(), samples: int = 1, rows=None):
+    """Continue each prompt: batched, cached. -> the new ids of each, up to and with eos_id (one, or several).
 
-    samples: so many continuations of each prompt, one after the other in the result; the prompt is read once.
+    max_new_tokens: of all, or a list with each prompt's. pick: logits (B, V) -> ids (B,), greedy by default; sample.py has
+    the others. samples: so many continuations of each prompt, one after the other in the result; it is read once for all.
+    rows: about the most texts at once; as some end, waiting prompts take their places (continuous batching: Yu et al.
+    2022, Orca), the longest first, so that a new one fits into the slots that the others have filled.
 
-    pick: logits (B, V) -> ids (B,), greedy by default; sample.py has the others. Prompts are padded on the left
-    with position -1, so every row's next token is in the same slot; positions, not slots, are what counts.
+    Prompts are padded on the left with position -1, so every row's next token is in the same slot; positions, not slots,
+    are what counts.
     """
     model.eval()
     if not prompts or not all(prompts):
         raise UserError("A prompt needs at least one token: begin with the end-of-text token.")
-    device = next(model.parameters()).device
+    device, pick = next(model.parameters()).device, pick or greedy
+    limit = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     stop = set(eos_id) if isinstance(eos_id, (list, tuple, set, frozenset)) else {eos_id}
+    rows, out = rows or len(prompts) * samples, [[] for _ in range(len(prompts) * samples)]
+    waiting, live = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), []  # live: whose text each row is
+    cache = ids = positions = None
+
+    def put(tokens, owners):  # write the tokens down -> the rows whose text goes on
+        for token, i in zip(tokens.tolist(), owners, strict=True):
+            if len(out[i]) < limit[i // samples] and (not out[i] or out[i][-1] not in stop):
+                out[i].append(token)
+        return [r for r, i in enumerate(owners) if len(out[i]) < limit[i // samples] and out[i][-1] not in stop]
+
+    while waiting or live:
+        take = waiting[: max(not live, (rows - len(live)) // samples)]
+        if waiting and take and len(live) <= rows * 3 // 4:
+            waiting = waiting[len(take) :]
+            logits, new, after = prefill(model, [prompts[i] for i in take], max(limit[i] for i in take), device)
+            every = torch.arange(len(take), device=device).repeat_interleave(samples)
+            tokens, owners = pick(logits[every]), [i * samples + k for i in take for k in range(samples)]
+            going = put(tokens, owners)
+            new.keep(every[going])
+            tokens, after = tokens[going, None], after[every[going]] if after.dim() > 1 else after
+            if live and going:
+                new.join(cache)
+                tokens, after = torch.cat((tokens, ids)), torch.cat((after.expand(len(going), 1), positions.expand(len(live), 1)))
+            if going:
+                cache, ids, positions, live = new, tokens, after, [owners[r] for r in going] + live
+            continue
+        logits, _ = model(ids, positions=positions, cache=cache, output="last")
+        ids, positions = pick(logits[:, -1].float())[:, None], positions + 1  # (B, 1)
+        going = put(ids[:, 0], live)
+        if len(going) <= len(live) * 3 // 4:  # rows that have ended cost as much as the others: let them go
+            live, kept = [live[r] for r in going], torch.tensor(going, device=device, dtype=torch.long)
+            ids, positions = ids[kept], positions[kept] if positions.dim() > 1 else positions
+            cache.keep(kept)
+    return out
+
+
+def prefill(model, prompts: list[list[int]], more: int, device):
+    """Read the prompts: -> logits of each next token (B, V), a cache with room for `more`, the next positions (B, 1) or (1,)."""
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     B, T = len(prompts), int(lengths.max())
     ids = torch.tensor([[p[0]] * (T - len(p)) + p for p in prompts], device=device)
     pads = T - lengths  # (B,)
     positions = torch.arange(T, device=device) - pads[:, None]  # pads come out negative
     positions = positions.clamp(min=-1) if pads.any() else positions[0]
-    dtype = model.compute_dtype or next(model.parameters()).dtype
-    cache = Cache(model.config, B, T + max_new_tokens, device, dtype)
-    out, live = [[] for _ in range(B * samples)], list(range(B * samples))  # live: whose text each row of the batch is
-    for step in range(max_new_tokens):
-        logits, _ = model(ids, positions=positions, cache=cache, output="last")
-        if step == 0 and samples > 1:
-            rows = torch.arange(B, device=device).repeat_interleave(samples)
-            logits, positions = logits[rows], positions[rows] if positions.dim() > 1 else positions
-            cache.keep(rows)
-        ids = (pick or greedy)(logits[:, -1].float())[:, None]  # (B, 1)
-        positions = positions[..., -1:] + 1
-        going = []
-        for row, token in enumerate(ids[:, 0].tolist()):
-            if not out[live[row]] or out[live[row]][-1] not in stop:
-                out[live[row]].append(token)
-                if token not in stop:
-                    going.append(row)
-        if not going:
-            break
-        if len(going) <= len(live) * 3 // 4:  # rows that have ended cost as much as the others: let them go
-            rows = torch.tensor(going, device=device)
-            ids, live = ids[rows], [live[row] for row in going]
-            positions = positions[rows] if positions.dim() > 1 else positions
-            cache.keep(rows)
-    return out
+    cache = Cache(model.config, B, T + more, device, model.compute_dtype or next(model.parameters()).dtype)
+    logits, _ = model(ids, positions=positions, cache=cache, output="last")
+    return logits[:, -1].float(), cache, positions[..., -1:] + 1
 
 
 def greedy(logits):  # (B, V) -> (B,)
