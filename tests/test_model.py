@@ -550,6 +550,20 @@ def test_generate_is_the_plain_loop(window):
     assert generate(net, prompts, 10, eos_id=eos) == cut
 
 
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("rows", [1, 3, 8, None])
+def test_waiting_prompts_take_the_places_of_ended_texts(window, rows):
+    """Any number of rows, samples and limits of their own: the same texts as one by one."""
+    net = make(window=window)
+    prompts = [ids(1 + n % 7, seed=n).tolist() for n in range(11)]
+    limits = [3 + 5 * n % 9 for n in range(11)]
+    alone = [generate(net, [p], n)[0] for p, n in zip(prompts, limits, strict=True)]
+    stop = {alone[3][1], alone[8][-1]}
+    want = [next((text[: i + 1] for i, token in enumerate(text) if token in stop), text) for text in alone]
+    assert generate(net, prompts, limits, eos_id=stop, rows=rows) == want
+    assert generate(net, prompts, limits, eos_id=stop, rows=rows, samples=2) == [text for text in want for _ in range(2)]
+
+
 def test_generate_takes_a_picker_and_refuses_an_empty_prompt():
     shapes = []
 
