@@ -1000,7 +1000,7 @@ def progress(text: str, total: int):
     return bar()
 
 
-def load_prompts(path: str, limit: int | None, tasks=None) -> list[dict]:
+def load_prompts(path: str, limit: int | None, tasks=None, seed: int = 0) -> list[dict]:
     """Records with what to ask ("prompt": messages) and, in the default data, how to check the answer."""
 
     def read(record: dict) -> dict:
@@ -1016,7 +1016,7 @@ def load_prompts(path: str, limit: int | None, tasks=None) -> list[dict]:
 
     records = [r for r in read_lines(path, read) if not tasks or r["task"] in tasks]
     if limit and len(records) > limit:  # an even part of each task
-        order = np.random.default_rng(0).permutation(len(records))
+        order = np.random.default_rng(seed).permutation(len(records))
         records = [records[i] for i in sorted(order[:limit].tolist())]
     if not records:
         raise UserError(f"There are no prompts in {path}{f' of the tasks {tasks}' if tasks else ''}.")
@@ -1312,15 +1312,15 @@ def pairs(
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """A model's own answers, ranked by the checks: of each prompt those that pass all beside as many that do not.
+    """A model's own answers, ranked by the checks: of each prompt those that pass all, each beside each that does not.
 
-    Prompts whose answers are all good or all bad teach nothing and are counted. The worse answer is the one that passes the
-    fewest checks among those that ended: one that was cut off would be given an end that nobody wrote, to unlearn it."""
+    Prompts whose answers are all good or all bad teach nothing and are counted. An answer that was cut off is left out: it
+    would be given an end that nobody wrote, to unlearn it."""
     if samples < 2:
         raise UserError("--samples has to be at least 2: a preference is between two answers.")
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists already: --overwrite replaces it.")
-    records = [r for r in load_prompts(prompts, limit, task and [task]) if r["check"]]
+    records = [r for r in load_prompts(prompts, limit, task and [task], seed) if r["check"]]
     if not records:
         raise UserError(f"The prompts of {prompts} carry no checks: rank answers by hand with `python align.py label`.")
     _, _, _, answers = answer_all(folder, records, temperature, seed, pick_device(device), max_new_tokens, samples)
@@ -1330,7 +1330,7 @@ def pairs(
         graded = sorted(((sum(grade(record["check"], a.text, a.ended).values()), a) for a in own), key=lambda g: -g[0])
         good, bad = [g for g in graded if g[0] == len(CHECKS)], [g for g in graded if g[0] < len(CHECKS) and g[1].ended]
         counts["all good" if not bad else "none good" if not good else "with both"] += 1
-        different = zip(dict.fromkeys(a.text for _, a in good), dict.fromkeys(a.text for _, a in reversed(bad)), strict=False)
+        different = itertools.product(dict.fromkeys(a.text for _, a in good), dict.fromkeys(a.text for _, a in bad))
         made += [{"prompt": record["prompt"], "chosen": c, "rejected": r, "task": record["task"]} for c, r in different]
     say(f"{len(answers):,} answers of {folder} to {len(records):,} prompts: {describe(counts)}")
     if not made:

@@ -868,15 +868,17 @@ def token_losses(hidden, head: nn.Module, targets, V: int):
 class Cache:
     """Keys and values of all layers, in slots that remember their positions.
 
-    Preallocated for `slots` tokens a sequence. A slot whose position is -1 (padding, or never written) is
-    invisible, so prompts of unequal length share a batch: pad on either side, give the pads position -1.
+    Preallocated for `slots` tokens a sequence. A slot whose position is -1 (padding, or never written) is invisible, so
+    prompts of unequal length share a batch: pad on either side, give the pads position -1. All rows take the same next
+    slots, unless by_position: then a token stands in the slot of its position, and each row grows at its own pace.
     """
 
-    def __init__(self, config: Config, batch: int, slots: int, device=None, dtype=None):
+    def __init__(self, config: Config, batch: int, slots: int, device=None, dtype=None, by_position: bool = False):
         shape = (config.n_layer, batch, config.n_kv_head, slots, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.positions = torch.full((batch, slots), -1, device=device)
+        self.by_position = by_position
         self.clear()
 
     def clear(self) -> None:
@@ -885,35 +887,42 @@ class Cache:
 
     def claim(self, positions) -> None:
         """Take the next T slots for tokens at these positions ((T,) or (B, T)); called once a forward pass."""
-        T = positions.shape[-1]
-        if self.n + T > self.positions.shape[1]:
-            raise UserError(f"{self.n + T} tokens do not fit a cache of {self.positions.shape[1]}: ask for fewer.")
-        self.positions[:, self.n : self.n + T] = positions
-        self.ragged |= positions.dim() > 1
-        self.n += T
+        T, self.slots = positions.shape[-1], None
+        end = self.n + T
+        if self.by_position:  # (one token a row, or several that are consecutive in all)
+            end = int(positions.max()) + 1
+            self.slots = positions[:, 0] if positions.dim() > 1 else None
+        if end > self.positions.shape[1]:
+            raise UserError(f"{end} tokens do not fit a cache of {self.positions.shape[1]}: ask for fewer.")
+        if self.slots is None:
+            self.positions[:, end - T : end] = positions
+        else:
+            self.positions.scatter_(1, positions, positions)
+        self.ragged |= positions.dim() > 1 and not self.by_position
+        self.n = end
 
     def update(self, layer: int, k, v):
         """Write one layer's keys and values (B, K, T, D) into the claimed slots; all so far (B, K, S, D)."""
-        start = self.n - k.shape[2]
-        self.k[layer, :, :, start : self.n] = k
-        self.v[layer, :, :, start : self.n] = v
-        return self.k[layer, :, :, : self.n], self.v[layer, :, :, : self.n]
+        K, V = self.k[layer], self.v[layer]
+        if self.slots is None:
+            start = self.n - k.shape[2]
+            K[:, :, start : self.n], V[:, :, start : self.n] = k, v
+        else:
+            rows = torch.arange(len(self.slots), device=k.device)
+            K[rows, :, self.slots], V[rows, :, self.slots] = k[:, :, 0], v[:, :, 0]
+        return K[:, :, : self.n], V[:, :, : self.n]
 
-    def keep(self, rows) -> None:
-        """Go on with these rows of the batch only."""
-        self.k, self.v, self.positions = self.k[:, rows], self.v[:, rows], self.positions[rows]
+    def copy(self, source: Cache, rows, to) -> None:
+        """These rows of another cache (or of this one) become the rows `to`; what stood there is overwritten or, being at
+        later positions, seen by none."""
+        for mine, others in ((self.k, source.k), (self.v, source.v)):
+            mine[:, to, :, : source.n] = others[:, rows, :, : source.n]
+        self.positions[to, : source.n] = source.positions[rows, : source.n]
+        self.n = max(self.n, source.n)
 
-    def join(self, other: Cache) -> None:
-        """The rows of another cache below these, both moved so that they end in the same slot."""
-        long = [int(c.positions[:, c.n - 1].max()) + 1 for c in (self, other)]  # slots that any row needs
-        n, room = max(long), max(c.positions.shape[1] - c.n for c in (self, other))
-        places = [c.k.shape[1] for c in (self, other)]
-        k, v = (self.k.new_zeros((len(self.k), sum(places), self.k.shape[2], n + room, self.k.shape[4])) for _ in range(2))
-        positions = self.positions.new_full((sum(places), n + room), -1)
-        for c, used, rows in zip((self, other), long, (slice(places[0]), slice(places[0], None)), strict=True):
-            k[:, rows, :, n - used : n], v[:, rows, :, n - used : n] = (a[:, :, :, c.n - used : c.n] for a in (c.k, c.v))
-            positions[rows, n - used : n] = c.positions[:, c.n - used : c.n]
-        self.k, self.v, self.positions, self.n, self.ragged = k, v, positions, n, True
+    def cut(self, rows: int) -> None:
+        """Go on with the first rows only."""
+        self.k, self.v, self.positions = self.k[:, :rows], self.v[:, :rows], self.positions[:rows]
 
     def rewind(self, n: int) -> None:
         """Forget all but the first n slots (a rejected draft, a turn taken back)."""
@@ -931,65 +940,64 @@ def generate(model, prompts: list[list[int]], max_new_tokens, pick: Callable | N
 
     max_new_tokens: of all, or a list with each prompt's. pick: logits (B, V) -> ids (B,), greedy by default; sample.py has
     the others. samples: so many continuations of each prompt, one after the other in the result; it is read once for all.
-    rows: about the most texts at once; as some end, waiting prompts take their places (continuous batching: Yu et al.
-    2022, Orca), the longest first, so that a new one fits into the slots that the others have filled.
-
-    Prompts are padded on the left with position -1, so every row's next token is in the same slot; positions, not slots,
-    are what counts.
+    rows: the most texts at once; as some end, waiting prompts take their places (continuous batching: Yu et al. 2022,
+    Orca), the longest first: prompts that are read together are then about as long.
     """
     model.eval()
     if not prompts or not all(prompts):
         raise UserError("A prompt needs at least one token: begin with the end-of-text token.")
-    device, pick = next(model.parameters()).device, pick or greedy
+    device, dtype = (p := next(model.parameters())).device, model.compute_dtype or p.dtype
+    pick, stop = pick or greedy, set(eos_id) if isinstance(eos_id, (list, tuple, set, frozenset)) else {eos_id}
     limit = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    stop = set(eos_id) if isinstance(eos_id, (list, tuple, set, frozenset)) else {eos_id}
-    rows, out = rows or len(prompts) * samples, [[] for _ in range(len(prompts) * samples)]
-    waiting, live = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), []  # live: whose text each row is
-    cache = ids = positions = None
+    out, waiting = [[] for _ in range(len(prompts) * samples)], sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    rows = max(samples, min(rows or len(out), len(out)))
+    cache = Cache(model.config, rows, max(len(p) + n for p, n in zip(prompts, limit, strict=True)), device, dtype, by_position=True)
+    owner: list = [None] * rows  # the text of each row
 
-    def put(tokens, owners):  # write the tokens down -> the rows whose text goes on
-        for token, i in zip(tokens.tolist(), owners, strict=True):
-            if len(out[i]) < limit[i // samples] and (not out[i] or out[i][-1] not in stop):
+    def put(tokens, places):  # write the tokens down; rows whose text ends with them are free
+        for token, r in zip(tokens.tolist(), places, strict=True):
+            if (i := owner[r]) is not None:
                 out[i].append(token)
-        return [r for r, i in enumerate(owners) if len(out[i]) < limit[i // samples] and out[i][-1] not in stop]
+                if len(out[i]) == limit[i // samples] or token in stop:
+                    owner[r] = None
 
-    while waiting or live:
-        take = waiting[: max(not live, (rows - len(live)) // samples)]
-        if waiting and take and len(live) <= rows * 3 // 4:
-            waiting = waiting[len(take) :]
-            logits, new, after = prefill(model, [prompts[i] for i in take], max(limit[i] for i in take), device)
-            every = torch.arange(len(take), device=device).repeat_interleave(samples)
-            tokens, owners = pick(logits[every]), [i * samples + k for i in take for k in range(samples)]
-            going = put(tokens, owners)
-            new.keep(every[going])
-            tokens, after = tokens[going, None], after[every[going]] if after.dim() > 1 else after
-            if live and going:
-                new.join(cache)
-                tokens, after = torch.cat((tokens, ids)), torch.cat((after.expand(len(going), 1), positions.expand(len(live), 1)))
-            if going:
-                cache, ids, positions, live = new, tokens, after, [owners[r] for r in going] + live
-            continue
-        logits, _ = model(ids, positions=positions, cache=cache, output="last")
-        ids, positions = pick(logits[:, -1].float())[:, None], positions + 1  # (B, 1)
-        going = put(ids[:, 0], live)
-        if len(going) <= len(live) * 3 // 4:  # rows that have ended cost as much as the others: let them go
-            live, kept = [live[r] for r in going], torch.tensor(going, device=device, dtype=torch.long)
-            ids, positions = ids[kept], positions[kept] if positions.dim() > 1 else positions
-            cache.keep(kept)
-    return out
+    while True:
+        free = [r for r in range(rows) if owner[r] is None]
+        if waiting and len(free) >= max(samples, rows // 4):
+            take, waiting = waiting[: len(free) // samples], waiting[len(free) // samples :]
+            logits, new = prefill(model, [prompts[i] for i in take], dtype)
+            every, places = [j for j in range(len(take)) for _ in range(samples)], free[: len(take) * samples]
+            cache.copy(new, every, places)
+            for n, r in enumerate(places):
+                owner[r] = take[n // samples] * samples + n % samples
+            put(pick(logits[every]), places)
+        elif len(free) == rows:
+            return out
+        else:
+            if not waiting and len(free) >= rows / 4:  # rows that have ended cost as much as the others: let them go
+                rows -= len(free)
+                holes, moved = [r for r in free if r < rows], [r for r in range(rows, len(owner)) if owner[r] is not None]
+                cache.copy(cache, moved, holes)
+                for hole, r in zip(holes, moved, strict=True):
+                    owner[hole] = owner[r]
+                owner = owner[:rows]
+                cache.cut(rows)
+            ids = [[0] if i is None else out[i][-1:] for i in owner]
+            ends = [0 if i is None else len(prompts[i // samples]) + len(out[i]) - 1 for i in owner]
+            positions = torch.tensor([[n] for n in ends] if min(ends) < max(ends) else ends[:1], device=device)
+            logits, _ = model(torch.tensor(ids, device=device), positions=positions, cache=cache, output="last")
+            put(pick(logits[:, -1].float()), range(rows))
 
 
-def prefill(model, prompts: list[list[int]], more: int, device):
-    """Read the prompts: -> logits of each next token (B, V), a cache with room for `more`, the next positions (B, 1) or (1,)."""
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    B, T = len(prompts), int(lengths.max())
-    ids = torch.tensor([[p[0]] * (T - len(p)) + p for p in prompts], device=device)
-    pads = T - lengths  # (B,)
-    positions = torch.arange(T, device=device) - pads[:, None]  # pads come out negative
-    positions = positions.clamp(min=-1) if pads.any() else positions[0]
-    cache = Cache(model.config, B, T + more, device, model.compute_dtype or next(model.parameters()).dtype)
-    logits, _ = model(ids, positions=positions, cache=cache, output="last")
-    return logits[:, -1].float(), cache, positions[..., -1:] + 1
+def prefill(model, prompts: list[list[int]], dtype):
+    """Read the prompts: -> logits of each next token (B, V), a cache. Shorter ones are padded on the right, where, being
+    causal, no token of theirs sees the pads, and the text that they go on with overwrites them."""
+    T, device = max(map(len, prompts)), next(model.parameters()).device
+    ids = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=device)
+    cache = Cache(model.config, len(prompts), T, device, dtype)
+    hidden, _ = model(ids, cache=cache, output="hidden")
+    ends = torch.tensor([len(p) - 1 for p in prompts], device=device)
+    return model.lm_head(hidden[torch.arange(len(prompts), device=device), ends]).float(), cache
 
 
 def greedy(logits):  # (B, V) -> (B,)
