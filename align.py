@@ -76,6 +76,7 @@ from model import (
     say,
     seed_of,
     setup_distributed,
+    token_losses,
     write_text,
 )  # fmt: skip
 from model import evaluate as evaluate_text
@@ -247,7 +248,7 @@ def add_lora(model: Transformer, rank: int, alpha: float, seed: int) -> None:
 @torch.no_grad()
 def merged(model: Transformer) -> dict:
     """The weights with B A added to W: a folder like any other."""
-    weights = {n: p for n, p in model.state_dict().items() if not n.endswith(("lora_A", "lora_B"))}
+    weights = {n: p for n, p in model.state_dict().items() if not n.endswith(("lora_A", "lora_B")) and n[:7] != "critic."}
     for name, module in model.named_modules():
         if isinstance(module, LoRA):
             weights[f"{name}.weight"] = module.weight + module.lora_B @ module.lora_A * module.scale
@@ -344,6 +345,86 @@ def grade(check: dict, answer: str, ended: bool) -> dict[str, bool]:
     else:
         result["content"] = new and works(node, check["before"].count("\n") + 1)
     return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The idea, V: learning from one's own answers. Everything is per token of an answer; N tokens of several answers
+
+
+def gae(rewards: list[float], values: list[float], gamma: float = 1.0, lam: float = 0.95) -> list[float]:
+    """Generalized advantage estimates of an answer's T tokens (1506.02438, eq. 16), from the end backwards:
+
+        delta_t = r_t + gamma V_{t+1} - V_t          A_t = delta_t + gamma lam A_{t+1}
+
+    After the last token there is nothing to win. lam 0 trusts the critic's next value alone, lam 1 what was really won.
+
+    >>> gae([0.0, 1.0], [0.5, 0.5], gamma=1.0, lam=0.5)
+    [0.25, 0.5]
+    """
+    advantages, ahead, worth = [], 0.0, 0.0
+    for reward, value in zip(reversed(rewards), reversed(values), strict=True):
+        ahead = reward + gamma * worth - value + gamma * lam * ahead
+        worth = value
+        advantages.append(ahead)
+    return advantages[::-1]
+
+
+def clipped_loss(log_ratio, advantages, low: float = 0.2, high: float = 0.2):
+    """-min(r A, clip(r, 1 - low, 1 + high) A), r = p_new / p_old of a token: (N,) (PPO, 1707.06347, eq. 7; a wider `high`, so
+    that unlikely tokens can rise: DAPO, 2503.14476, eq. 10). Its gradient at r = 1 is the policy gradient's; a token that has
+    moved past the bound in the direction that it was pushed in has none.
+
+    >>> clipped_loss(torch.tensor([0.0, 1.0, -1.0]), torch.tensor([1.0, 1.0, -1.0]))
+    tensor([-1.0000, -1.2000,  0.8000])
+    """
+    ratio = log_ratio.exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+
+
+def value_loss(values, old, returns, clip: float = 0.2):
+    """(V - R)^2 / 2, or what it would be had V moved from its old value by `clip` only, where that is more: (N,) (the first of
+    PPO's tricks that the paper does not name: 2005.12729, section 3).
+
+    >>> value_loss(torch.tensor([1.0, 1.0]), torch.zeros(2), torch.tensor([1.0, 2.0]))
+    tensor([0.3200, 1.6200])
+    """
+    near = old + (values - old).clamp(-clip, clip)
+    return torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2
+
+
+def group_advantages(rewards, scale: bool = True):
+    """How much better an answer is than the others to its prompt: (groups, n) -> (groups, n) (GRPO, 2402.03300, section 4.1.2).
+
+    scale: divided by the group's standard deviation, as in the paper; without, prompts that are nearly always or hardly ever
+    answered well do not count for more (Dr. GRPO, 2503.20783). A group of equal rewards has no advantages.
+
+    >>> group_advantages(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), scale=False)
+    tensor([[ 0.5000, -0.5000],
+            [ 0.0000,  0.0000]])
+    """
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    return centred / (rewards.std(-1, keepdim=True) + 1e-4) if scale else centred
+
+
+def kl_estimate(log_ratio):
+    """r - 1 - log r with r = p_ref / p, from log r: (N,), unbiased for KL(p || p_ref) in mean over p's tokens, never negative
+    (Schulman 2020, "Approximating KL divergence", k3). As a loss its gradient is that of KL(p_ref || p), the other way round."""
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def adapted(coef: float, kl: float, target: float) -> float:
+    """The KL coefficient after a step whose answers lay at `kl`: a little up where that is too far, down where it is not
+    (1909.08593, section 2.2)."""
+    return coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Probability that of k answers, drawn from n of which so many are right, one is (2107.03374, eq. 1).
+
+    >>> pass_at_k(4, 1, 2)
+    0.5
+    """
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -625,6 +706,54 @@ class DPOStage(RewardStage):
     nll_weight: float = option(1.0, "Weight of -log p(chosen) a token, added to the loss: keeps the good answers likely.")
 
 
+@dataclass
+class PlayStage(Stage):
+    """What a stage that learns from its own answers has to be told."""
+
+    model: str = option("out/sft", "Checkpoint folder to begin with; it stays the reference.")
+    out: str = option("out/grpo", "Checkpoint folder to write.")
+    reward: tuple[str, ...] = option(("checks",), "checks, one of them, or a reward model's folder; NAME:WEIGHT, several times: a sum.")
+    unended: float = option(1.0, "Taken off the reward of an answer that did not end by itself.")
+    max_steps: int | None = option(80, "Steps: each plays, then learns from what it saw.")
+    batch_size: int = option(32, "Prompts of a step, over all ranks.")
+    samples: int = option(8, "Answers to each prompt: the group.")
+    temperature: float = option(1.0, "Of the answers that it learns from.")
+    max_new_tokens: int = option(128, "Longest answer.")
+    passes: int = option(1, "How often a step's answers are learned from.")
+    minibatches: int = option(2, "Updates of a pass.")
+    clip: float = option(0.2, "How far from 1 a token's probability ratio may move.")
+    lr: float = option(3e-4, "Peak learning rate; larger models want 1e-6.")
+    warmup_steps: int = option(5, "Steps of linear warm-up.")
+    schedule: str = option("wsd", "cosine, wsd or constant.")
+    eval_interval: int = option(20, "Steps between evaluations.")
+    save_interval: int = option(40, "Steps between checkpoints.")
+
+
+@dataclass
+class GRPOStage(PlayStage):
+    clip_high: float | None = option(None, "The bound above, where it is not --clip (DAPO: 0.28).")
+    scale: str = option("std", "Advantages: std (divided by the group's deviation), or none (Dr. GRPO).")
+    normalize: str = option("token", "Mean of tokens: token (DAPO), sequence (then of answers: GRPO), constant (sums: Dr. GRPO).")
+    kl_coef: float = option(0.02, "Weight of the KL to the reference in the loss; 0: none.")
+    keep_flat: bool = option(False, "Keep groups without variance in the batch; DAPO drops them.")
+
+
+@dataclass
+class PPOStage(PlayStage):
+    out: str = option("out/ppo", "Checkpoint folder to write.")
+    batch_size: int = option(256, "Prompts of a step, over all ranks.")
+    samples: int = option(1, "Answers to each prompt.")
+    passes: int = option(2, "How often a step's answers are learned from.")
+    critic: str = option("shared", "shared: a head on the model's last layer; own: a model of its own, which begins as the same.")
+    gamma: float = option(1.0, "Discount of a token's reward by the next token.")
+    lam: float = option(0.95, "Lambda of the advantages (GAE).")
+    value_coef: float = option(0.1, "Weight of the critic's loss.")
+    value_clip: float = option(0.2, "How far an update may move a value.")
+    entropy_coef: float = option(0.0, "Weight of the entropy in the objective.")
+    kl_coef: float = option(0.02, "Taken off each token's reward, times log(p / p_ref).")
+    kl_target: float = option(0.0, "Adapt --kl-coef so that an answer's KL becomes so many nats; 0: fixed.")
+
+
 class Run:
     """A stage between its opening and its end: model, data, loop, and what is saved of it.
 
@@ -645,7 +774,8 @@ class Run:
         self.optimizer = build_optimizer(self.model, o.optimizer, o.lr, o.weight_decay)
         self.optimizer.load_state_dict(self.tensors)
         self.at, self.bad, self.skipped = self.state.get("at", 0), 0, self.state.get("skipped", 0)
-        self.extra, lines = {}, []  # tensors of the stage that are saved along
+        self.extra, self.kept, lines = {}, {}, []  # tensors and numbers of the stage that are saved along
+        self.shown = ()  # of what is logged, what the line on the terminal shows; all by default
         if resume:
             lines = (find_checkpoint(resume) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             lines = [line for line in lines if json.loads(line)["step"] <= self.at]
@@ -670,25 +800,29 @@ class Run:
 
     def open_weights(self, resume: str | None) -> None:
         """The base's, or when a stage goes on its own; with LoRA the base's and its own additions."""
-        o, base = self.o, seed_of(*(round(p.detach().double().sum().item(), 6) for p in self.model.parameters()))
+        o, base = self.o, seed_of(*fingerprint_of(self.model))
         if o.lora_rank:
             add_lora(self.model, o.lora_rank, o.lora_alpha, o.seed)
+        self.attach()
         if resume:
             if self.state["data"] != self.fingerprint or (o.lora_rank and self.state["base"] != base):
                 raise UserError(f"The data or {o.model} is not what {resume} began with: restore it to resume.")
-            if o.lora_rank:
-                own = {k.removeprefix("weights/"): v for k, v in self.tensors.items() if k.startswith("weights/")}
-                self.model.load_state_dict(own, strict=False)
+            own = {k.removeprefix("weights/"): v for k, v in self.tensors.items() if k.startswith("weights/")}
+            self.model.load_state_dict(own, strict=False)
         self.base = base
+
+    def attach(self) -> None:
+        """What else is trained, as parts of the model."""
 
     def save(self, finished: bool = False) -> None:
         self.log.close()
         if self.ranks.rank == 0:
             tensors = self.optimizer.state_dict() | self.extra
-            if self.o.lora_rank:
-                tensors |= {f"weights/{n}": p.detach().cpu() for n, p in self.model.named_parameters() if p.requires_grad}
+            for name, p in self.model.named_parameters():
+                if p.requires_grad and (self.o.lora_rank or name.startswith("critic.")):
+                    tensors[f"weights/{name}"] = p.detach().cpu()
             state = {"at": self.at, "skipped": self.skipped, "finished": finished, "data": self.fingerprint,
-                     "base": self.base, "counts": self.counts, "options": dataclasses.asdict(self.o)}  # fmt: skip
+                     "base": self.base, "counts": self.counts, "options": dataclasses.asdict(self.o), **self.kept}  # fmt: skip
             save_checkpoint(self.out, self.model, self.tokenizer_file, state=(tensors, state), metrics=self.log.text(),
                             weights=merged(self.model))  # fmt: skip
         if self.ranks.world > 1:
@@ -696,9 +830,9 @@ class Run:
         if not finished:
             self.log.open()
 
-    def picks(self, step: int) -> list[int]:
-        """The items of a step: each once an epoch, in an order that depends on seed and epoch alone."""
-        n, picks = len(self.items), []
+    def picks(self, step: int, n: int) -> list[int]:
+        """Which of n items a step takes: each once an epoch, in an order that depends on seed and epoch alone."""
+        picks = []
         for i in range(step * self.o.batch_size, (step + 1) * self.o.batch_size):
             if not picks or i % n == 0:
                 order = np.random.default_rng([self.o.seed, i // n]).permutation(n)
@@ -742,7 +876,11 @@ class Run:
 
     def step(self, lr: float) -> dict:
         self.optimizer.set_lr(lr)
-        picks = self.picks(self.at)
+        picks = self.picks(self.at, len(self.items))
+        return self.update(picks) | {"tokens": sum(len(e.ids) for i in picks for e in self.items[i])}
+
+    def update(self, picks: list[int]) -> dict:
+        """One step of the optimizer on these items."""
         stats = self.measure(picks, self.items, self.loss, backward=True)
         trained = [p for p in self.model.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.clip_grad_norm_(trained, self.o.grad_clip))
@@ -755,13 +893,16 @@ class Run:
             if self.bad >= 5:
                 raise UserError(f"The loss was not finite in {self.bad} steps running: stopped. {self.out} is whole; try a lower --lr.")
         self.optimizer.zero_grad()
-        return stats | {"grad_norm": norm, "tokens": sum(len(e.ids) for i in picks for e in self.items[i])}
+        return stats | {"grad_norm": norm}
+
+    def judge(self) -> dict:
+        """What an evaluation finds."""
+        return self.measure(range(len(self.val)), self.val, self.val_loss, backward=False) | self.also()
 
     @torch.no_grad()
     def evaluate(self) -> None:
         self.model.eval()
-        result = self.measure(range(len(self.val)), self.val, self.val_loss, backward=False)
-        self.result = {f"val_{k}": v for k, v in (result | self.also()).items()}
+        self.result = {f"val_{k}": v for k, v in self.judge().items()}
         self.model.train()
         self.log.write({"step": self.at, **self.result, "seconds": time.perf_counter() - self.began})
         self.log.say(f"step {self.at}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in self.result.items()))
@@ -779,7 +920,7 @@ class Run:
             self.log.open()
         try:
             self.model.train()
-            if self.at == 0 and not any("val_loss" in line for line in self.log.lines):
+            if self.at == 0 and not any('"val_' in line for line in self.log.lines):
                 self.evaluate()
             while self.at < self.max_steps:
                 begin, lr = time.perf_counter(), o.lr * lr_at(self.at, self.max_steps, o.warmup_steps, o.schedule, o.min_lr)
@@ -789,7 +930,7 @@ class Run:
                 rate = seconds if rate is None else 0.9 * rate + 0.1 * seconds
                 tokens = stats.pop("tokens")
                 self.log.write({"step": self.at, **stats, "lr": lr, "ms_per_step": seconds * 1e3, "tok_per_s": tokens / seconds})
-                words = "  ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in stats.items())
+                words = "  ".join(f"{k.replace('_', ' ')} {stats[k]:.3f}" for k in self.shown or stats)
                 self.log.show(self.at, f"{words}  {tokens / seconds:,.0f} tok/s", rate * (self.max_steps - self.at))
                 if self.asked(stopping):
                     self.save()
@@ -948,7 +1089,333 @@ def dpo_run(o: DPOStage, resume: str | None = None) -> Run:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Stages that play: PPO and GRPO
+
+
+class Episode(NamedTuple):
+    record: dict  # of the prompt
+    answer: Answer
+    reward: float
+    good: bool  # by the checks, whatever the reward was
+
+
+class Play(Run):
+    """A stage that learns from its own answers. Each step: answers to some prompts (`play`), what each token of them was
+    worth (`credit`, set by the stage), and `passes` times `minibatches` updates on that.
+
+    Counted: prompts that leave no room for an answer (`counts`); rewards that are no number, whose answers are left out
+    (`nan_rewards`). Answers that do not end are cut at --max-new-tokens and pay --unended.
+
+    Logged of the step's answers: reward and reward_std; good, what the checks say whatever the reward was; kl to the
+    reference in nats a token (k1, the mean of log p / p_ref), and kl_answer; entropy of a token (the mean of -log p);
+    length, ended, distinct; flat, the share of groups whose rewards are all equal; of the updates: clip_fraction, the share
+    of tokens beyond the clip, and grad_norm; of the time: rollout_share, and generated tokens a second.
+    Healthy: reward and good rise together, kl grows slowly (to some tenths of a nat), entropy falls slowly and stays above
+    zero, distinct stays; clip_fraction is some per cent. Reward up with good or distinct down is hacking: raise kl_coef.
+    """
+
+    def __init__(self, o: PlayStage, resume: str | None):
+        super().__init__(o, resume, ranked=False)
+        if min(o.samples, o.passes, o.minibatches, o.max_new_tokens) < 1 or o.temperature <= 0 or not 0 < o.clip < 1:
+            raise UserError("--samples, --passes, --minibatches and --max-new-tokens have to be at least 1, --temperature above 0, "
+                            "--clip between 0 and 1.")  # fmt: skip
+        self.reference = load_model(o.model, self.ranks.device)
+        if resume and seed_of(o.model, *fingerprint_of(self.reference)) != self.state["reference"]:
+            raise UserError(f"{o.model} is not the model that {resume} began with, and is the reference: restore it to resume.")
+        self.kept["reference"] = seed_of(o.model, *fingerprint_of(self.reference))
+        self.reference.compute_dtype = self.model.compute_dtype
+        self.worth = reward_function(o.reward, o.unended, self.ranks.device)
+        self.shown = ("reward", "good", "kl", "entropy", "length")
+
+    def load_data(self, ranked: bool) -> None:
+        o, self.items, self.counts = self.o, [], Counter()
+        val = o.val or next((str(p) for p in [Path(o.data[0]).with_name("val.jsonl")] if p.exists() and str(p) not in o.data), None)
+        room = self.model.config.seq_len - min(16, o.max_new_tokens)
+
+        def read(paths, limit=None):
+            for record in itertools.chain(*(load_prompts(p, limit) for p in paths)):
+                ids = render(self.tokenizer, record["prompt"], reply=True)[0]
+                self.counts["left out: no room for an answer" if len(ids) > room else "prompts"] += 1
+                if len(ids) <= room:
+                    yield record | {"ids": ids}
+
+        self.val = list(read([val], 200)) if val else []
+        self.counts.clear()
+        self.prompts = list(read(o.data))
+        if not self.prompts:
+            raise UserError(f"There is nothing to answer in {', '.join(o.data)} ({describe(self.counts)}).")
+        self.val = self.val or self.prompts[:200]
+        say(f"{', '.join(o.data)}: {describe(self.counts)}")
+        self.fingerprint = [seed_of(Path(p).read_bytes()) for p in (*o.data, *([val] if val else []))]
+
+    def spread(self, work: Callable, things: list) -> list:
+        """work(a rank's share of the things) -> something of each; of all ranks, in the order of the things."""
+        ranks = self.ranks
+        mine = work(things[ranks.rank :: ranks.world])
+        if ranks.world == 1:
+            return mine
+        parts = [None] * ranks.world
+        torch.distributed.all_gather_object(parts, mine)
+        return [parts[i % ranks.world][i // ranks.world] for i in range(len(things))]
+
+    def answers_to(self, records: list[dict], samples: int, temperature: float, seed: int) -> list[list[Episode]]:
+        """Each prompt's group."""
+        o, model = self.o, self.model
+
+        def work(some):
+            if not some:
+                return []
+            kept, model.compute_dtype = model.compute_dtype, torch.float32 if self.ranks.device.type == "cpu" else model.compute_dtype
+            found = rollout(model, self.tokenizer, [r["ids"] for r in some], temperature, seed_of(seed, self.ranks.rank),
+                            o.max_new_tokens, samples)  # fmt: skip
+            model.compute_dtype = kept
+            every = [r for r in some for _ in range(samples)]
+            worth = self.worth(every, found)
+            good = [bool(r["check"]) and all(grade(r["check"], a.text, a.ended).values()) for r, a in zip(every, found, strict=True)]
+            episodes = [Episode(*e) for e in zip(every, found, worth, good, strict=True)]
+            return [episodes[i : i + samples] for i in range(0, len(episodes), samples)]
+
+        return self.spread(work, records)
+
+    def read(self, model, batch: Batch):
+        """-> log p of the answers' tokens under the temperature that they were drawn with, their entropy if it is asked for,
+        and the critic's value before each: (N,) each, the answers one after the other."""
+        where = (batch.y != IGNORE).flatten().nonzero()[:, 0]
+        where = where[batch.docs.flatten()[where].argsort(stable=True)]
+        place = {"positions": batch.positions, "doc_ids": batch.docs}
+        hidden = model(batch.x, output="hidden", **place)[0].flatten(0, 1)[where] / self.o.temperature  # (N, C)
+        logp = -token_losses(hidden[None], model.lm_head, batch.y.flatten()[where][None], model.config.vocab_size)[0]
+        entropy, values, critic = torch.zeros_like(logp), torch.zeros_like(logp), getattr(model, "critic", None)
+        if getattr(self.o, "entropy_coef", 0):
+            every = model.lm_head(hidden).float().log_softmax(-1)
+            entropy = -(every.exp() * every).sum(-1)
+        if isinstance(critic, nn.Linear):
+            values = critic(hidden.float() * self.o.temperature)[:, 0]
+        elif critic is not None:
+            values = critic(batch.x, **place)[0].flatten()[where]
+        return logp, entropy, values
+
+    @torch.no_grad()
+    def look(self, model) -> list[tuple]:
+        """log p and value of each token of each item, before it learns from them."""
+
+        def work(mine):
+            seen = []
+            for picks in self.micro_batches(mine, self.items):
+                batch = self.collate([self.items[i][0] for i in picks])
+                logp, _, values = self.read(model, batch)
+                parts = batch.lengths.long().tolist()
+                seen += zip(logp.cpu().split(parts), values.cpu().split(parts), strict=True)
+            return seen
+
+        model.eval()
+        return self.spread(work, list(range(len(self.items))))
+
+    def of(self, values: list, picks: list[int]):
+        """The tokens' values of some items, one after the other."""
+        return torch.cat([values[i] for i in picks]).to(self.ranks.device)
+
+    def step(self, lr: float) -> dict:
+        o, began = self.o, time.perf_counter()
+        self.optimizer.set_lr(lr)
+        records = [self.prompts[i] for i in self.picks(self.at, len(self.prompts))]
+        groups = self.answers_to(records, o.samples, o.temperature, seed_of(o.seed, "play", self.at))
+        played = time.perf_counter() - began
+        episodes = [e for group in groups for e in group]
+        finite = [e for e in episodes if math.isfinite(e.reward)]
+        rewards = torch.tensor([e.reward for e in finite])
+        stats = {"reward": float(rewards.mean()), "reward_std": float(rewards.std(correction=0)), **summary(episodes),
+                 "flat": sum(len({e.reward for e in group}) == 1 for group in groups) / len(groups)}  # fmt: skip
+        if len(finite) < len(episodes):
+            stats["nan_rewards"] = bad = len(episodes) - len(finite)
+            self.log.say(f"step {self.at + 1}: {bad} of {len(episodes)} rewards are no number; these answers are left out.")
+        stats |= self.credit([[e for e in group if math.isfinite(e.reward)] for group in groups])
+        updates, n = [], len(self.items)
+        self.model.train()
+        for turn in range(o.passes if n else 0):
+            order = np.random.default_rng([o.seed, self.at, turn]).permutation(n)
+            updates += [self.update(picks.tolist()) for picks in np.array_split(order, min(o.minibatches, n))]
+        stats |= {name: sum(u[name] for u in updates) / len(updates) for name in (updates[0] if updates else ())}
+        tokens = sum(len(e.answer.ids) for e in episodes)
+        return stats | {"tokens": tokens, "rollout_share": played / (time.perf_counter() - began), "generated_per_s": tokens / played}
+
+    def remember(self, groups: list[list[Episode]]) -> dict:
+        """The episodes as items; the log p of policy (with values) and reference -> what they say of the KL."""
+        self.episodes = [e for group in groups for e in group]
+        self.items = [[as_example(e.record["ids"], e.answer)] for e in self.episodes]
+        seen, reference = self.look(self.model), self.look(self.reference)
+        self.old, self.values = [logp for logp, _ in seen], [value for _, value in seen]
+        self.theirs = [logp for logp, _ in reference]
+        if not self.items:
+            return {"kl": 0.0, "kl_answer": 0.0, "entropy": 0.0}
+        apart = [a - b for a, b in zip(self.old, self.theirs, strict=True)]
+        return {"kl": float(torch.cat(apart).mean()), "kl_answer": float(torch.stack([a.sum() for a in apart]).mean()),
+                "entropy": -float(torch.cat(self.old).mean())}  # fmt: skip
+
+    def judge(self) -> dict:
+        groups = self.answers_to(self.val, 1, JUDGED_AT, seed_of(self.o.seed, "val"))
+        episodes = [group[0] for group in groups]
+        return {"reward": float(np.mean([e.reward for e in episodes])), **summary(episodes)}
+
+
+def summary(episodes: list[Episode]) -> dict:
+    n = len(episodes)
+    return {"good": sum(e.good for e in episodes) / n, "ended": sum(e.answer.ended for e in episodes) / n,
+            "length": sum(len(e.answer.ids) for e in episodes) / n, "distinct": len({e.answer.text for e in episodes}) / n}  # fmt: skip
+
+
+def fingerprint_of(model) -> list[float]:
+    return [round(p.detach().double().sum().item(), 6) for p in model.parameters()]
+
+
+def grpo_run(o: GRPOStage, resume: str | None = None) -> Play:
+    """An answer's advantage is its reward beside the group's (`group_advantages`), the same for all its tokens: no critic.
+    Loss: `clipped_loss` and kl_coef times `kl_estimate`, over tokens or answers as --normalize says.
+
+    The loss begins at zero and stays near it: with r = 1 it is minus the mean advantage, which is nothing in each group by
+    construction (of equal lengths, or over sequences). Its gradient is not zero. Watch the reward, not the loss.
+    """
+    if o.scale not in ("std", "none") or o.normalize not in ("token", "sequence", "constant"):
+        raise UserError("--scale is std or none; --normalize is token, sequence or constant.")
+    if o.samples < 2:
+        raise UserError("--samples has to be at least 2: an answer is judged beside the others to its prompt.")
+    run = Play(o, resume)
+    run.names = ["clip_fraction", "kl_loss", "loss"]
+    run.unit = lambda item: float(sum(item[0].trained)) if o.normalize == "token" else 1.0
+
+    def credit(groups):
+        kept, run.advantages = [], torch.zeros(0)
+        for group in groups:
+            if len(group) > 1 and (o.keep_flat or len({e.reward for e in group}) > 1):
+                kept.append(group)
+                advantages = group_advantages(torch.tensor([e.reward for e in group]), o.scale == "std")
+                run.advantages = torch.cat((run.advantages, advantages))
+        run.advantages = run.advantages.to(run.ranks.device)
+        return run.remember(kept)
+
+    def loss(model, picks):
+        batch = run.collate([run.items[i][0] for i in picks])
+        logp, _, _ = run.read(model, batch)
+        owner = torch.arange(len(picks), device=logp.device).repeat_interleave(batch.lengths.long())
+        log_ratio = logp - run.of(run.old, picks)
+        clipped = clipped_loss(log_ratio, run.advantages[picks][owner], o.clip, o.clip if o.clip_high is None else o.clip_high)
+        kl = kl_estimate(run.of(run.theirs, picks) - logp)
+        share = 1 if o.normalize == "token" else 1 / batch.lengths[owner]
+        scale = 1 / o.max_new_tokens if o.normalize == "constant" else share
+        beyond = beyond_clip(log_ratio, run.advantages[picks][owner], o)
+        stats = {"clip_fraction": beyond * share, "kl_loss": kl.detach() * share}
+        return ((clipped + o.kl_coef * kl) * scale).sum(), {name: value.sum() for name, value in stats.items()}
+
+    run.credit, run.loss = credit, loss
+    return run
+
+
+def beyond_clip(log_ratio, advantages, o) -> torch.Tensor:
+    """Which tokens the clip holds back."""
+    ratio, high = log_ratio.detach().exp(), getattr(o, "clip_high", None)
+    up = (ratio > 1 + (o.clip if high is None else high)) & (advantages > 0)
+    return (up | ((ratio < 1 - o.clip) & (advantages < 0))).float()
+
+
+def ppo_run(o: PPOStage, resume: str | None = None) -> Play:
+    """Policy and critic. A token's reward is -kl_coef log(p / p_ref), the last one's the answer's reward besides (1909.08593,
+    section 2.1); GAE over them; `clipped_loss` on the whitened advantages, `value_loss` on advantage + old value.
+
+    Details that decide whether it works (numbers: Huang et al. 2024, 2403.17031; 2022, "37 implementation details"):
+      critic begins at zero, so that the first advantages are the rewards           (its head: 2403.17031, detail 11)
+      advantages are whitened over the step's tokens, not the minibatch's           (2403.17031, detail 17)
+      values are of what went before a token, and only the answer's tokens count    (detail 9)
+      an answer without an end is made to pay (--unended)                           (detail 12)
+      rewards are not divided by a running deviation; the checks' lie between 0 and 1
+
+    Logged besides: explained_variance of the returns by the critic (near 0 at first, then up; below 0 it harms: lower
+    --lr or raise --value-coef), value_loss, kl_coef.
+    """
+    if o.critic not in ("shared", "own"):
+        raise UserError("--critic is shared or own.")
+    if min(o.kl_coef, o.kl_target, o.value_coef, o.entropy_coef) < 0 or o.value_clip <= 0 or not (0 <= o.gamma <= 1 and 0 <= o.lam <= 1):
+        raise UserError("--gamma and --lam lie between 0 and 1, --value-clip above 0, and no coefficient below 0.")
+    run = PPO(o, resume)
+    run.names = ["clip_fraction", "loss", "policy_loss", "value_loss"]
+    run.unit = lambda item: float(sum(item[0].trained))
+    run.kept["kl_coef"] = run.state.get("kl_coef", o.kl_coef)
+
+    def credit(groups):
+        stats, coef = run.remember(groups), run.kept["kl_coef"]
+        if not run.items:
+            return stats
+        run.advantages = []
+        for e, logp, theirs, values in zip(run.episodes, run.old, run.theirs, run.values, strict=True):
+            rewards = (-coef * (logp - theirs)).tolist()
+            rewards[-1] += e.reward
+            run.advantages.append(torch.tensor(gae(rewards, values.tolist(), o.gamma, o.lam)))
+        run.returns = [a + v for a, v in zip(run.advantages, run.values, strict=True)]
+        every, returns = torch.cat(run.advantages), torch.cat(run.returns)
+        run.advantages = [(a - every.mean()) / (every.std() + 1e-8) for a in run.advantages]
+        if o.kl_target:
+            run.kept["kl_coef"] = adapted(coef, stats["kl_answer"], o.kl_target)
+        return stats | {"explained_variance": 1 - float(every.var() / returns.var().clamp(min=1e-8)), "kl_coef": coef}
+
+    def loss(model, picks):
+        batch = run.collate([run.items[i][0] for i in picks])
+        logp, entropy, values = run.read(model, batch)
+        advantages, log_ratio = run.of(run.advantages, picks), logp - run.of(run.old, picks)
+        policy = clipped_loss(log_ratio, advantages, o.clip, o.clip)
+        value = value_loss(values, run.of(run.values, picks), run.of(run.returns, picks), o.value_clip)
+        stats = {"policy_loss": policy, "value_loss": value, "clip_fraction": beyond_clip(log_ratio, advantages, o)}
+        return (policy + o.value_coef * value - o.entropy_coef * entropy).sum(), {n: v.detach().sum() for n, v in stats.items()}
+
+    run.credit, run.loss = credit, loss
+    return run
+
+
+class PPO(Play):
+    def attach(self) -> None:
+        if self.o.critic == "own":
+            self.model.critic = with_head(self.model, "score").float()
+            self.model.critic.compute_dtype = self.model.compute_dtype
+        else:
+            self.model.critic = nn.Linear(self.model.config.n_embd, 1, device=self.ranks.device)
+            nn.init.zeros_(self.model.critic.weight)
+            nn.init.zeros_(self.model.critic.bias)
+
+
+def reward_function(specs: tuple[str, ...], unended: float, device) -> Callable[[list[dict], list[Answer]], list[float]]:
+    """What answers to prompts are worth: the weighted sum of
+
+    checks         half the share of the checks that they pass, and half when they pass all: 0 to 1
+    parses, ...    one of CHECKS, 0 or 1
+    a folder       a reward model's score. It is given the conversation as text, so its tokenizer may be another
+
+    less `unended` for an answer that did not end by itself.
+    """
+    parts = []
+    for spec in specs:
+        name, _, weight = spec.rpartition(":") if re.fullmatch(r".+:-?[\d.]+", spec) else (spec, "", "1")
+        parts.append((name if name == "checks" or name in CHECKS else open_judge(name, device), float(weight)))
+
+    def worth(records, answers):
+        total = [-unended * (not a.ended) for a in answers]
+        grades = None
+        for part, weight in parts:
+            if callable(part):
+                talks = [[*r["prompt"], {"role": "assistant", "content": a.text}] for r, a in zip(records, answers, strict=True)]
+                found = part(talks)
+            else:
+                if not all(r["check"] for r in records):
+                    raise UserError(f"--reward {part} needs prompts that carry checks, as `python align.py data` makes them.")
+                grades = grades or [grade(r["check"], a.text, a.ended) for r, a in zip(records, answers, strict=True)]
+                found = [(sum(g.values()) / len(g) + all(g.values())) / 2 if part == "checks" else float(g[part]) for g in grades]
+            total = [t + weight * f for t, f in zip(total, found, strict=True)]
+        return total
+
+    return worth
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Answers, and what they are worth
+
+JUDGED_AT = 0.7  # temperature of the answers by which a model is judged
 
 
 def sharpen(temperature: float, n_vocab: int, seed: int, device) -> Callable:
@@ -1120,18 +1587,22 @@ def answer_all(folder, records, temperature, seed, device, max_new_tokens=None, 
     return model, tokenizer, prompts, answers
 
 
-def score_all(folder, conversations: list[list[dict]], device) -> list[float]:
-    """The reward model's score of each conversation, read with its own tokenizer."""
+def open_judge(folder, device) -> Callable[[list[list[dict]]], list[float]]:
+    """A reward model: conversations -> scores, each read with its own tokenizer."""
     model, tokenizer = load_model(folder, device), load_tokenizer(folder)
     if model.config.head != "score":
         raise UserError(f"{folder} is no reward model: `python align.py reward` trains one.")
-    examples, T = [Example(*render(tokenizer, c)) for c in conversations], model.config.seq_len
-    scores = []
-    with torch.no_grad():
-        for i in range(0, len(examples), 32):
-            cut = [Example(e.ids[:T], e.trained[:T]) for e in examples[i : i + 32]]
+    T = model.config.seq_len
+
+    @torch.no_grad()
+    def score(conversations):
+        examples, scores = [Example(*render(tokenizer, c)) for c in conversations], []
+        for i in range(0, len(examples), 64):
+            cut = [Example(e.ids[:T], e.trained[:T]) for e in examples[i : i + 64]]
             scores += rewards(model, collate(cut, T, device)).tolist()
-    return scores
+        return scores
+
+    return score
 
 
 def compare(folder, against, reward, records, model, prompts, answers, temperature, seed) -> dict:
@@ -1154,7 +1625,7 @@ def compare(folder, against, reward, records, model, prompts, answers, temperatu
     if reward:
         talks = [[*r["prompt"], {"role": "assistant", "content": a.text}] for some in (answers, theirs)
                  for r, a in zip(records, some, strict=True)]  # fmt: skip
-        scores = score_all(reward, talks, device)
+        scores = open_judge(reward, device)(talks)
         wins("wins by the reward model", scores[:n], scores[n:])
     return result
 
@@ -1293,8 +1764,10 @@ def print_mask(o: Stage, count: int) -> None:
 
 sft = stage_command(Stage, sft_run, "Instructions: train on the assistant's words of conversations (SFT).")
 reward = stage_command(RewardStage, reward_run, "A reward model: a score for a conversation, from pairs or rankings.")
+grpo = stage_command(GRPOStage, grpo_run, "Reinforcement without a critic: answers are judged beside others to the same prompt.")
+ppo = stage_command(PPOStage, ppo_run, "Reinforcement with a critic: each token is judged beside what was expected.")
 dpo = stage_command(DPOStage, dpo_run, "Preferences without a reward model: DPO, IPO, SimPO and their kin.")
-for name, command in (("sft", sft), ("reward", reward), ("dpo", dpo)):
+for name, command in (("sft", sft), ("reward", reward), ("dpo", dpo), ("ppo", ppo), ("grpo", grpo)):
     app.command(name)(command)
 
 
@@ -1397,7 +1870,7 @@ def evaluate_command(
     limit: Annotated[int, typer.Option(help="Prompts, drawn evenly; 0: all.")] = 0,
     task: Annotated[str | None, typer.Option(help="Prompts of this task only.")] = None,
     text: Annotated[str | None, typer.Option("--data", help="Pretraining's data folder: what was forgotten.")] = "data/python",
-    temperature: Annotated[float, typer.Option(help="Of the answers; 0 is greedy.")] = 0.7,
+    temperature: Annotated[float, typer.Option(help="Of the answers; 0 is greedy.")] = JUDGED_AT,
     plain: Annotated[bool, typer.Option("--plain", help="Let it go on with the text, as a base model does.")] = False,
     seed: Seed = 0,
     device: Device = "auto",

@@ -1629,16 +1629,17 @@ def run_command(main: Callable, leave_out: tuple[str, ...] = (), options: type =
             return None
         written = {k for k in values if ctx.get_parameter_source(k).name == "COMMANDLINE"}
         given = {f.name: values.pop(f.name) for f in fields}
-        given = {k: tuple(v) if k == "data" else v for k, v in given.items() if k in written}
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in written}
         if given.get("eval_tokens") == 0:
             given["eval_tokens"] = None
         return main(given, **values)
 
     def parameter(f):
-        kind, names = (list[str] if f.name == "data" else types[f.name]), ()
+        several = isinstance(f.default, tuple)
+        kind, names = (list[str] if several else types[f.name]), ()
         if kind is bool:  # a flag, without its --no-
             names = (f"--{f.name.replace('_', '-')}",)
-        default = list(f.default) if f.name == "data" else f.default
+        default = list(f.default) if several else f.default
         note = Annotated[kind, typer.Option(*names, help=f.metadata["help"])]
         return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=note)
 
@@ -1776,7 +1777,8 @@ def resumed(folder: str, given: dict, state: dict | None = None, kind: type = Op
         raise UserError(f"{folder} is finished: there is nothing to resume (a larger --max-steps trains it further).")
     free = {"max_steps", "device", "micro_batch", "save_interval", "eval_interval", "eval_tokens", "target_loss",
             "patience", "noise_scale", "recompute", "micro_tokens"}  # fmt: skip
-    options = kind(**{**state["options"], "data": tuple(state["options"]["data"]), "out": folder})
+    kept = {k: tuple(v) if isinstance(v, list) else v for k, v in state["options"].items()}
+    options = kind(**kept | {"out": folder})
     for name, value in given.items():
         if name in free:
             setattr(options, name, value)
