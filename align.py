@@ -1139,7 +1139,7 @@ class Play(Run):
                 if len(ids) <= room:
                     yield record | {"ids": ids}
 
-        self.val = list(read([val], 200)) if val else []
+        self.val = [r for r in read([val], 400) if not r["held_out"]][:200] if val else []
         self.counts.clear()
         self.prompts = list(read(o.data))
         if not self.prompts:
@@ -1630,6 +1630,34 @@ def compare(folder, against, reward, records, model, prompts, answers, temperatu
     return result
 
 
+def vote(record: dict, answers: list[Answer]) -> int:
+    """Which answer most agree with (self-consistency: 2203.11171), the first of them: equal as syntax trees, where they parse,
+    else as text. No reward is asked."""
+    forms = []
+    for a in answers:
+        tree = parse(record["check"]["before"] + a.text + record["check"]["after"]) if record["check"] else None
+        forms.append(ast.dump(tree) if tree and a.ended else a.text.strip())
+    return forms.index(Counter(forms).most_common(1)[0][0])
+
+
+def more_answers(folder, records, samples, reward, temperature, seed, device) -> dict:
+    """The part of `assess` that draws several answers to each prompt: what more compute is worth without any training."""
+    _, _, _, answers = answer_all(folder, records, temperature, seed, device, samples=samples)
+    if "plain" in records[0]:
+        answers = [cut_plain(records[i // samples], a) for i, a in enumerate(answers)]
+    groups = [answers[i : i + samples] for i in range(0, len(answers), samples)]
+    good = [[all(grade(r["check"], a.text, a.ended).values()) for a in g] for r, g in zip(records, groups, strict=True)]
+    result = {}
+    for k in sorted({1, *(2**i for i in range(1, samples.bit_length()) if 2**i <= samples), samples}):
+        result[f"pass@{k}"] = (*mean_interval([pass_at_k(samples, sum(g), k) for g in good]), len(good))
+    picked = {f"good: vote of {samples}": [g[vote(r, some)] for r, some, g in zip(records, groups, good, strict=True)]}
+    if reward:
+        talks = [[*r["prompt"], {"role": "assistant", "content": a.text}] for r, g in zip(records, groups, strict=True) for a in g]
+        scores = np.reshape(open_judge(reward, device)(talks), (-1, samples))
+        picked[f"good: best of {samples} by the reward model"] = [g[i] for g, i in zip(good, scores.argmax(1).tolist(), strict=True)]
+    return result | {name: (sum(p) / len(p), *wilson(sum(p), len(p)), len(p)) for name, p in picked.items()}
+
+
 PLAIN_END = {"body": r"\n(?=\S)", "continue": r"\n(?=\S)", "doc": r'"""', "name": r"\("}
 
 
@@ -1644,7 +1672,7 @@ def cut_plain(record: dict, answer: Answer) -> Answer:
     return answer._replace(text=answer.text[: found.start()], ended=True) if found else answer
 
 
-def assess(folder, records, against=None, reward=None, temperature=0.7, seed=0, text=None, device=None) -> dict:
+def assess(folder, records, against=None, reward=None, temperature=JUDGED_AT, seed=0, text=None, device=None, samples=1) -> dict:
     """Everything that `evaluate` prints: {name: (value, low, high, n)}."""
     device, result = device or pick_device(), {}
     model, tokenizer, prompts, answers = answer_all(folder, records, temperature, seed, device)
@@ -1667,6 +1695,9 @@ def assess(folder, records, against=None, reward=None, temperature=0.7, seed=0, 
     result["length, tokens"] = (*mean_interval([len(a.ids) for a in answers]), len(answers))
     if against:
         result |= compare(folder, against, reward, records, model, prompts, answers, temperature, seed)
+    some = [r for r in records if r["check"] and not r["held_out"]]
+    if samples > 1 and some:
+        result |= more_answers(folder, some, samples, reward, temperature, seed, device)
     for shots in (0, 1, 4):
         rate(f"multiple choice, {shots} shots", multiple_choice(model, tokenizer, shots))
     if text:
@@ -1865,12 +1896,13 @@ def read_key(allowed: str) -> str:
 def evaluate_command(
     folder: Annotated[str, typer.Argument(help="Checkpoint folder to judge.")] = "out/sft",
     against: Annotated[str | None, typer.Option(help="Checkpoint folder to compare with: KL, win rate.")] = None,
-    reward: Annotated[str | None, typer.Option(help="Reward model that judges too (with --against).")] = None,
+    reward: Annotated[str | None, typer.Option(help="Reward model that judges too (with --against or --samples).")] = None,
     prompts: Annotated[str, typer.Option(help="JSON lines with prompts and checks.")] = "data/instructions/val.jsonl",
     limit: Annotated[int, typer.Option(help="Prompts, drawn evenly; 0: all.")] = 0,
     task: Annotated[str | None, typer.Option(help="Prompts of this task only.")] = None,
     text: Annotated[str | None, typer.Option("--data", help="Pretraining's data folder: what was forgotten.")] = "data/python",
     temperature: Annotated[float, typer.Option(help="Of the answers; 0 is greedy.")] = JUDGED_AT,
+    samples: Annotated[int, typer.Option(help="Answers to each prompt, for pass@k, their vote, and (--reward) their best.")] = 1,
     plain: Annotated[bool, typer.Option("--plain", help="Let it go on with the text, as a base model does.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -1878,10 +1910,12 @@ def evaluate_command(
 ) -> None:
     """How good a model's answers are, by rules that nobody can argue with; with 95 % confidence intervals."""
     records = load_prompts(prompts, limit or None, task and [task])
+    if samples < 1 or (samples > 1 and not temperature):
+        raise UserError("--samples has to be at least 1; and greedy answers (--temperature 0) are all the same.")
     if plain and (against or not (records := plainly(records))):
         raise UserError("--plain needs prompts with checks, and no --against: a base model is judged by itself.")
     text = text if text and Path(text).exists() else None
-    result = assess(folder, records, against, reward, temperature, seed, text, pick_device(device))
+    result = assess(folder, records, against, reward, temperature, seed, text, pick_device(device), samples)
     if as_json:
         return print(json.dumps({name: dict(zip(("value", "low", "high", "n"), row, strict=True)) for name, row in result.items()}))
     from rich.table import Table

@@ -1,5 +1,6 @@
 """What several test files use: the scripts as modules, as commands, and a small data folder."""
 
+import json
 import os
 import shutil
 import signal
@@ -74,3 +75,31 @@ def modules(tmp_path_factory):
                            "--vocab-size", "400", "--val-fraction", "0.3")  # fmt: skip
     assert code == 0, err
     return home / "data"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, modules):
+    """A small model with random weights and the tokenizer of `modules`."""
+    from model import Config, Transformer, load_tokenizer, save_checkpoint
+
+    tokenizer = load_tokenizer(modules)
+    config = Config(vocab_size=448, seq_len=128, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, head_dim=16, ffn_dim=64,
+                    eos_id=tokenizer.eot_id, pad_id=tokenizer.pad_id)  # fmt: skip
+    folder = tmp_path_factory.mktemp("align") / "base"
+    save_checkpoint(folder, Transformer(config).init_weights(1), modules / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lines(tmp_path_factory):
+    """Conversations, pairs and prompts, as JSON lines."""
+    home = tmp_path_factory.mktemp("lines")
+    names = [f"f{i}" for i in range(12)]
+    sft = [{"instruction": f"def {n}(a, b):", "input": "", "output": f"    return a + b * {i}"} for i, n in enumerate(names)]
+    pairs = [{"prompt": f"def {n}(a):", "chosen": f"    return a + {i}", "rejected": "    pass"} for i, n in enumerate(names)]
+    rank = [{"prompt": "def g(a):", "answers": ["    return a", "    pass", ""]}] * 2
+    check = {"task": "body", "before": "def f(a):\n", "after": "", "shown": "def f(a):", "name": "f", "params": ["a"]}
+    prompts = [{"prompt": f"def {n}(a):", "task": "body", "check": check} for n in names[:4]]
+    for name, records in {"sft": sft, "pairs": pairs, "ranking": pairs + rank, "prompts": prompts}.items():
+        (home / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return home
