@@ -29,6 +29,7 @@ import difflib
 import itertools
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -48,7 +49,6 @@ import torch.nn.functional as F
 import typer
 
 from model import (
-    IGNORE,
     Linear,
     Log,
     Stopping,
@@ -112,45 +112,87 @@ def pack(lengths: list[int], T: int) -> list[list[int]]:
     return rows
 
 
+def trunk_of(item: list[Example]) -> int:
+    """How many tokens the examples of an item (answers to one prompt) begin with together, before any that is trained.
+
+    >>> trunk_of([Example([5, 6, 7], [False, False, True]), Example([5, 6, 8], [False, False, True])])
+    2
+    """
+    if len(item) == 1:
+        return 0
+    return min(len(os.path.commonprefix([e.ids for e in item])), *(e.trained.index(True) for e in item))
+
+
+def size_of(item: list[Example]) -> int:
+    """Tokens that it takes in a batch."""
+    return sum(len(e.ids) for e in item) - (len(item) - 1) * trunk_of(item)
+
+
+def answer_tokens(item: list[Example]) -> int:
+    """Those of them that are trained."""
+    return sum(sum(e.trained[1:]) for e in item)
+
+
 class Batch(NamedTuple):
-    """n examples in rows: each sees itself only (docs), and counts its positions from 0."""
+    """n examples in rows. What the examples of an item begin with stands there once: each sees this trunk and itself."""
 
     x: torch.Tensor  # ids (B, T)
-    y: torch.Tensor  # the token after each where it is trained, else IGNORE
-    positions: torch.Tensor  # -1 is padding
-    docs: torch.Tensor  # number of the example; -1 is padding
-    last: torch.Tensor  # (n,) where each ends, in the flattened rows
+    positions: torch.Tensor  # (B, T), in its own text; -1 is padding
+    docs: torch.Tensor  # (B, T) number of the example; from n on: of a trunk
+    trunks: torch.Tensor  # (B, T) the trunk that it goes on from
+    at: torch.Tensor  # (N,) for each trained token of the first example, the second ...: the place before it, in the flattened rows
+    targets: torch.Tensor  # (N,) these tokens
+    owner: torch.Tensor  # (N,) whose they are
+    last: torch.Tensor  # (n,) where each example ends, in the flattened rows
     lengths: torch.Tensor  # (n,) trained tokens of each
 
+    @property
+    def place(self) -> dict:
+        return {"positions": self.positions, "doc_ids": self.docs, "trunk_ids": self.trunks}
 
-def collate(examples: list[Example], T: int, device="cpu") -> Batch:
-    rows = pack([len(e.ids) for e in examples], T)
-    T = max(sum(len(examples[i].ids) for i in row) for row in rows)
-    x, y = torch.zeros(len(rows), T, dtype=torch.long), torch.full((len(rows), T), IGNORE)
-    positions, docs = torch.full_like(x, -1), torch.full_like(x, -1)
-    last = torch.zeros(len(examples), dtype=torch.long)
+
+def collate(items: list[list[Example]], T: int, device="cpu") -> Batch:
+    """In rows of up to T tokens, or of the longest item's."""
+    n, sizes = sum(map(len, items)), [size_of(item) for item in items]
+    firsts = list(itertools.accumulate(map(len, items), initial=0))  # number of each item's first example
+    rows = pack(sizes, max(T, *sizes))
+    T = max(sum(sizes[i] for i in row) for row in rows)
+    x = torch.zeros(len(rows), T, dtype=torch.long)
+    positions, docs, trunks = (torch.full_like(x, -1) for _ in range(3))
+    at, targets, last = [[]] * n, [[]] * n, [0] * n
     for r, row in enumerate(rows):
-        start = 0
+        end = 0
+
+        def put(ids, position, doc, trunk, r=r):  # -> where the first of them stands
+            nonlocal end
+            start, end = end, end + len(ids)
+            x[r, start:end], positions[r, start:end] = torch.tensor(ids), torch.arange(position, position + len(ids))
+            docs[r, start:end], trunks[r, start:end] = doc, trunk
+            return r * T + start
+
         for i in row:
-            ids, trained = (torch.tensor(part) for part in examples[i])
-            end = start + len(ids)
-            x[r, start:end], positions[r, start:end], docs[r, start:end] = ids, torch.arange(len(ids)), i
-            y[r, start : end - 1] = ids[1:].where(trained[1:], IGNORE)  # the next example's first token is no target
-            last[i], start = r * T + end - 1, end
-    lengths = torch.tensor([float(sum(e.trained[1:])) for e in examples])
-    return Batch(*(t.to(device) for t in (x, y, positions, docs, last, lengths)))
+            shared = trunk_of(items[i])
+            before = put(items[i][0].ids[:shared], 0, n + i, n + i)
+            for k, (ids, trained) in enumerate(items[i], firsts[i]):
+                own = put(ids[shared:], shared, k, n + i) - shared
+                asked = [j for j in range(1, len(ids)) if trained[j]]
+                at[k] = [j - 1 + (own if j > shared else before) for j in asked]
+                targets[k], last[k] = [ids[j] for j in asked], own + len(ids) - 1
+    lengths = torch.tensor([len(t) for t in targets])
+    flat = (torch.tensor(list(itertools.chain(*parts)), dtype=torch.long) for parts in (at, targets))
+    owner = torch.arange(n).repeat_interleave(lengths)
+    return Batch(*(t.to(device) for t in (x, positions, docs, trunks, *flat, owner, torch.tensor(last), lengths)))
 
 
 def logps(model, batch: Batch):
     """log p(the assistant's words | the rest) of each example: (n,), float32."""
-    losses, _ = model(batch.x, batch.y, positions=batch.positions, doc_ids=batch.docs)  # (B, T), 0 where not trained
-    sums = torch.zeros(len(batch.last) + 1, device=losses.device)  # (the padding has its own, at the end)
-    return sums.index_add(0, batch.docs.flatten() % len(sums), -losses.flatten())[:-1]
+    losses, _ = model(batch.x, batch.targets, at=batch.at, **batch.place)  # (N,)
+    return torch.zeros(len(batch.last), device=losses.device).index_add(0, batch.owner, -losses)
 
 
 def rewards(model, batch: Batch):
     """The score head at the last token of each example: (n,), float32."""
-    return model(batch.x, positions=batch.positions, doc_ids=batch.docs)[0].flatten()[batch.last]
+    return model(batch.x, at=batch.last, **batch.place)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -844,7 +886,7 @@ class Run:
         limit = self.o.micro_tokens or (8192 if self.ranks.device.type == "cpu" else 32768)
         batch, tokens = [], 0
         for i in picks[rank::world]:
-            size = sum(len(e.ids) for e in items[i])
+            size = size_of(items[i])
             if batch and tokens + size > limit:
                 yield batch
                 batch, tokens = [], 0
@@ -852,8 +894,8 @@ class Run:
         if batch:
             yield batch
 
-    def collate(self, examples: list[Example]) -> Batch:
-        return collate(examples, self.model.config.seq_len, self.ranks.device)
+    def collate(self, items: list[list[Example]]) -> Batch:
+        return collate(items, self.model.config.seq_len, self.ranks.device)
 
     def measure(self, picks, items, loss, backward: bool) -> dict[str, float]:
         """Means of the loss and of what goes with it over these items, of all ranks; backward: its gradient, too."""
@@ -877,7 +919,7 @@ class Run:
     def step(self, lr: float) -> dict:
         self.optimizer.set_lr(lr)
         picks = self.picks(self.at, len(self.items))
-        return self.update(picks) | {"tokens": sum(len(e.ids) for i in picks for e in self.items[i])}
+        return self.update(picks) | {"tokens": sum(size_of(self.items[i]) for i in picks)}
 
     def update(self, picks: list[int]) -> dict:
         """One step of the optimizer on these items."""
@@ -982,11 +1024,11 @@ def sft_run(o: Stage, resume: str | None = None) -> Run:
     and val_loss follows it; grad_norm stays around one. val_loss that rises while loss falls: fewer epochs.
     """
     run = Run(o, resume, ranked=False)
-    run.unit = lambda item: sum(item[0].trained[1:])
+    run.unit = answer_tokens
     run.names = ["loss"]
 
     def loss_on(items):
-        return lambda model, picks: (-logps(model, run.collate([items[i][0] for i in picks])).sum(), {})
+        return lambda model, picks: (-logps(model, run.collate([items[i] for i in picks])).sum(), {})
 
     run.loss, run.val_loss = loss_on(run.items), loss_on(run.val)
     return run
@@ -1005,7 +1047,7 @@ def reward_run(o: RewardStage, resume: str | None = None) -> Run:
 
     def loss_on(items):
         def loss(model, picks):
-            scores = rewards(model, run.collate([e for i in picks for e in items[i]])).split([len(items[i]) for i in picks])
+            scores = rewards(model, run.collate([items[i] for i in picks])).split([len(items[i]) for i in picks])
             margins = torch.stack([s[0] - s[-1] for s in scores]).detach()
             return torch.stack([ranking_loss(s) for s in scores]).sum(), {"accuracy": (margins > 0).float().sum(), "margin": margins.sum()}
 
@@ -1013,7 +1055,7 @@ def reward_run(o: RewardStage, resume: str | None = None) -> Run:
 
     def calibration():
         batches = run.micro_batches(range(len(run.val)), run.val)
-        ends = [rewards(run.model, run.collate([e for i in b for e in (run.val[i][0], run.val[i][-1])])).view(-1, 2) for b in batches]
+        ends = [rewards(run.model, run.collate([[run.val[i][0], run.val[i][-1]] for i in b])).view(-1, 2) for b in batches]
         return {"calibration_error": calibration_error(torch.cat([e[:, 0] - e[:, 1] for e in ends]).cpu())}
 
     run.loss, run.val_loss, run.also = loss_on(run.items), loss_on(run.val), calibration
@@ -1053,7 +1095,7 @@ def dpo_run(o: DPOStage, resume: str | None = None) -> Run:
     options = {name: getattr(o, name) for name in variant.options}
 
     def both(model, items, picks):  # -> log p of (chosen, rejected), (n, 2), and their lengths
-        batch = run.collate([e for i in picks for e in (items[i][0], items[i][-1])])
+        batch = run.collate([[items[i][0], items[i][-1]] for i in picks])
         return logps(model, batch).view(-1, 2), batch.lengths.view(-1, 2)
 
     @torch.no_grad()
@@ -1179,12 +1221,9 @@ class Play(Run):
 
     def read(self, model, batch: Batch):
         """-> log p of the answers' tokens under the temperature that they were drawn with, their entropy if it is asked for,
-        and the critic's value before each: (N,) each, the answers one after the other."""
-        where = (batch.y != IGNORE).flatten().nonzero()[:, 0]
-        where = where[batch.docs.flatten()[where].argsort(stable=True)]
-        place = {"positions": batch.positions, "doc_ids": batch.docs}
-        hidden = model(batch.x, output="hidden", **place)[0].flatten(0, 1)[where] / self.o.temperature  # (N, C)
-        logp = -token_losses(hidden[None], model.lm_head, batch.y.flatten()[where][None], model.config.vocab_size)[0]
+        and the critic's value before each: (N,) each."""
+        hidden = model(batch.x, at=batch.at, output="hidden", **batch.place)[0] / self.o.temperature  # (N, C)
+        logp = -token_losses(hidden, model.lm_head, batch.targets, model.config.vocab_size)
         entropy, values, critic = torch.zeros_like(logp), torch.zeros_like(logp), getattr(model, "critic", None)
         if getattr(self.o, "entropy_coef", 0):
             every = model.lm_head(hidden).float().log_softmax(-1)
@@ -1192,19 +1231,19 @@ class Play(Run):
         if isinstance(critic, nn.Linear):
             values = critic(hidden.float() * self.o.temperature)[:, 0]
         elif critic is not None:
-            values = critic(batch.x, **place)[0].flatten()[where]
+            values = critic(batch.x, at=batch.at, **batch.place)[0]
         return logp, entropy, values
 
     @torch.no_grad()
     def look(self, model) -> list[tuple]:
-        """log p and value of each token of each item, before it learns from them."""
+        """log p and value of each token of each group, before it learns from them."""
 
         def work(mine):
             seen = []
             for picks in self.micro_batches(mine, self.items):
-                batch = self.collate([self.items[i][0] for i in picks])
+                batch = self.collate([self.items[i] for i in picks])
                 logp, _, values = self.read(model, batch)
-                parts = batch.lengths.long().tolist()
+                parts = [answer_tokens(self.items[i]) for i in picks]
                 seen += zip(logp.cpu().split(parts), values.cpu().split(parts), strict=True)
             return seen
 
@@ -1212,7 +1251,7 @@ class Play(Run):
         return self.spread(work, list(range(len(self.items))))
 
     def of(self, values: list, picks: list[int]):
-        """The tokens' values of some items, one after the other."""
+        """The tokens' values of some groups, one after the other."""
         return torch.cat([values[i] for i in picks]).to(self.ranks.device)
 
     def step(self, lr: float) -> dict:
@@ -1223,8 +1262,8 @@ class Play(Run):
         played = time.perf_counter() - began
         episodes = [e for group in groups for e in group]
         finite = [e for e in episodes if math.isfinite(e.reward)]
-        rewards = torch.tensor([e.reward for e in finite])
-        stats = {"reward": float(rewards.mean()), "reward_std": float(rewards.std(correction=0)), **summary(episodes),
+        rewards = [e.reward for e in finite] or [math.nan]
+        stats = {"reward": float(np.mean(rewards)), "reward_std": float(np.std(rewards)), **summary(episodes),
                  "flat": sum(len({e.reward for e in group}) == 1 for group in groups) / len(groups)}  # fmt: skip
         if len(finite) < len(episodes):
             stats["nan_rewards"] = bad = len(episodes) - len(finite)
@@ -1240,16 +1279,16 @@ class Play(Run):
         return stats | {"tokens": tokens, "rollout_share": played / (time.perf_counter() - began), "generated_per_s": tokens / played}
 
     def remember(self, groups: list[list[Episode]]) -> dict:
-        """The episodes as items; the log p of policy (with values) and reference -> what they say of the KL."""
-        self.episodes = [e for group in groups for e in group]
-        self.items = [[as_example(e.record["ids"], e.answer)] for e in self.episodes]
+        """The groups as items; the log p of policy (with values) and reference -> what they say of the KL."""
+        self.groups = groups
+        self.items = [[as_example(e.record["ids"], e.answer.ids) for e in group] for group in groups]
         seen, reference = self.look(self.model), self.look(self.reference)
-        self.old, self.values = [logp for logp, _ in seen], [value for _, value in seen]
+        self.old, self.values = [logp for logp, _ in seen], [value for _, value in seen]  # of each group's tokens
         self.theirs = [logp for logp, _ in reference]
-        if not self.items:
+        if not groups:
             return {"kl": 0.0, "kl_answer": 0.0, "entropy": 0.0}
-        apart = [a - b for a, b in zip(self.old, self.theirs, strict=True)]
-        return {"kl": float(torch.cat(apart).mean()), "kl_answer": float(torch.stack([a.sum() for a in apart]).mean()),
+        apart = torch.cat([a - b for a, b in zip(self.old, self.theirs, strict=True)])
+        return {"kl": float(apart.mean()), "kl_answer": float(apart.sum() / sum(map(len, groups))),
                 "entropy": -float(torch.cat(self.old).mean())}  # fmt: skip
 
     def judge(self) -> dict:
@@ -1281,28 +1320,25 @@ def grpo_run(o: GRPOStage, resume: str | None = None) -> Play:
         raise UserError("--samples has to be at least 2: an answer is judged beside the others to its prompt.")
     run = Play(o, resume)
     run.names = ["clip_fraction", "kl_loss", "loss"]
-    run.unit = lambda item: float(sum(item[0].trained)) if o.normalize == "token" else 1.0
+    run.unit = answer_tokens if o.normalize == "token" else len
 
     def credit(groups):
-        kept, run.advantages = [], torch.zeros(0)
+        groups = [g for g in groups if len(g) > 1 and (o.keep_flat or len({e.reward for e in g}) > 1)]
+        run.advantages = []  # of each group's tokens
         for group in groups:
-            if len(group) > 1 and (o.keep_flat or len({e.reward for e in group}) > 1):
-                kept.append(group)
-                advantages = group_advantages(torch.tensor([e.reward for e in group]), o.scale == "std")
-                run.advantages = torch.cat((run.advantages, advantages))
-        run.advantages = run.advantages.to(run.ranks.device)
-        return run.remember(kept)
+            advantages = group_advantages(torch.tensor([e.reward for e in group]), o.scale == "std")
+            run.advantages.append(advantages.repeat_interleave(torch.tensor([len(e.answer.ids) for e in group])))
+        return run.remember(groups)
 
     def loss(model, picks):
-        batch = run.collate([run.items[i][0] for i in picks])
+        batch = run.collate([run.items[i] for i in picks])
         logp, _, _ = run.read(model, batch)
-        owner = torch.arange(len(picks), device=logp.device).repeat_interleave(batch.lengths.long())
-        log_ratio = logp - run.of(run.old, picks)
-        clipped = clipped_loss(log_ratio, run.advantages[picks][owner], o.clip, o.clip if o.clip_high is None else o.clip_high)
+        advantages, log_ratio = run.of(run.advantages, picks), logp - run.of(run.old, picks)
+        clipped = clipped_loss(log_ratio, advantages, o.clip, o.clip if o.clip_high is None else o.clip_high)
         kl = kl_estimate(run.of(run.theirs, picks) - logp)
-        share = 1 if o.normalize == "token" else 1 / batch.lengths[owner]
+        share = 1 if o.normalize == "token" else 1 / batch.lengths[batch.owner]
         scale = 1 / o.max_new_tokens if o.normalize == "constant" else share
-        beyond = beyond_clip(log_ratio, run.advantages[picks][owner], o)
+        beyond = beyond_clip(log_ratio, advantages, o)
         stats = {"clip_fraction": beyond * share, "kl_loss": kl.detach() * share}
         return ((clipped + o.kl_coef * kl) * scale).sum(), {name: value.sum() for name, value in stats.items()}
 
@@ -1337,18 +1373,22 @@ def ppo_run(o: PPOStage, resume: str | None = None) -> Play:
         raise UserError("--gamma and --lam lie between 0 and 1, --value-clip above 0, and no coefficient below 0.")
     run = PPO(o, resume)
     run.names = ["clip_fraction", "loss", "policy_loss", "value_loss"]
-    run.unit = lambda item: float(sum(item[0].trained))
+    run.unit = answer_tokens
     run.kept["kl_coef"] = run.state.get("kl_coef", o.kl_coef)
 
     def credit(groups):
+        groups = [g for g in groups if g]
         stats, coef = run.remember(groups), run.kept["kl_coef"]
         if not run.items:
             return stats
         run.advantages = []
-        for e, logp, theirs, values in zip(run.episodes, run.old, run.theirs, run.values, strict=True):
-            rewards = (-coef * (logp - theirs)).tolist()
-            rewards[-1] += e.reward
-            run.advantages.append(torch.tensor(gae(rewards, values.tolist(), o.gamma, o.lam)))
+        for group, *tokens in zip(groups, run.old, run.theirs, run.values, strict=True):
+            lengths, advantages = [len(e.answer.ids) for e in group], []
+            for e, logp, theirs, values in zip(group, *(t.split(lengths) for t in tokens), strict=True):
+                rewards = (-coef * (logp - theirs)).tolist()
+                rewards[-1] += e.reward
+                advantages += gae(rewards, values.tolist(), o.gamma, o.lam)
+            run.advantages.append(torch.tensor(advantages))
         run.returns = [a + v for a, v in zip(run.advantages, run.values, strict=True)]
         every, returns = torch.cat(run.advantages), torch.cat(run.returns)
         run.advantages = [(a - every.mean()) / (every.std() + 1e-8) for a in run.advantages]
@@ -1357,7 +1397,7 @@ def ppo_run(o: PPOStage, resume: str | None = None) -> Play:
         return stats | {"explained_variance": 1 - float(every.var() / returns.var().clamp(min=1e-8)), "kl_coef": coef}
 
     def loss(model, picks):
-        batch = run.collate([run.items[i][0] for i in picks])
+        batch = run.collate([run.items[i] for i in picks])
         logp, entropy, values = run.read(model, batch)
         advantages, log_ratio = run.of(run.advantages, picks), logp - run.of(run.old, picks)
         policy = clipped_loss(log_ratio, advantages, o.clip, o.clip)
@@ -1545,10 +1585,10 @@ def multiple_choice(model, tokenizer, shots: int) -> list[bool]:
         solved = random.Random(i).sample([c for c in CHOICES if c[0] != before], shots)
         context = tokenizer.encode("".join(f"{b}{e[0]}\n\n" for b, e in solved) + before)
         tails = [tokenizer.encode(e) for e in endings]
-        examples = [Example(context + t, [False] * len(context) + [True] * len(t)) for t in tails]
+        examples = [as_example(context, t) for t in tails]
         if max(len(e.ids) for e in examples) > model.config.seq_len:
             raise UserError(f"{shots} shots do not fit the context of {model.config.seq_len} tokens.")
-        scores = logps(model, collate(examples, model.config.seq_len, device)).cpu() / torch.tensor([len(e.encode()) for e in endings])
+        scores = logps(model, collate([examples], model.config.seq_len, device)).cpu() / torch.tensor([len(e.encode()) for e in endings])
         right.append(int(scores.argmax()) == 0)
     return right
 
@@ -1558,16 +1598,15 @@ def mean_kl(policy, reference, examples: list[Example], batch: int = 16) -> list
     """KL(policy || reference) of each answer, in nats a token: summed over the vocabulary, not sampled."""
     result, device = [], next(policy.parameters()).device
     for i in range(0, len(examples), batch):
-        b = collate(examples[i : i + batch], policy.config.seq_len, device)
-        asked = b.y != IGNORE
-        p, q = (m(b.x, positions=b.positions, doc_ids=b.docs)[0][asked].float().log_softmax(-1) for m in (policy, reference))
+        b = collate([[e] for e in examples[i : i + batch]], policy.config.seq_len, device)
+        p, q = (m(b.x, at=b.at, **b.place)[0].float().log_softmax(-1) for m in (policy, reference))  # (N, V)
         kl = (p.exp() * (p - q)).sum(-1)
-        result += (torch.zeros(len(b.last), device=device).index_add(0, b.docs[asked], kl) / b.lengths.clamp(min=1)).tolist()
+        result += (torch.zeros(len(b.last), device=device).index_add(0, b.owner, kl) / b.lengths.clamp(min=1)).tolist()
     return result
 
 
-def as_example(prompt: list[int], answer: Answer) -> Example:
-    return Example(prompt + answer.ids, [False] * len(prompt) + [True] * len(answer.ids))
+def as_example(prompt: list[int], answer: list[int]) -> Example:
+    return Example(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
 
 def answer_all(folder, records, temperature, seed, device, max_new_tokens=None, samples=1):
@@ -1598,7 +1637,7 @@ def open_judge(folder, device) -> Callable[[list[list[dict]]], list[float]]:
     def score(conversations):
         examples, scores = [Example(*render(tokenizer, c)) for c in conversations], []
         for i in range(0, len(examples), 64):
-            cut = [Example(e.ids[:T], e.trained[:T]) for e in examples[i : i + 64]]
+            cut = [[Example(e.ids[:T], e.trained[:T])] for e in examples[i : i + 64]]
             scores += rewards(model, collate(cut, T, device)).tolist()
         return scores
 
@@ -1611,7 +1650,7 @@ def compare(folder, against, reward, records, model, prompts, answers, temperatu
     other, _, _, theirs = answer_all(against, records, temperature, seed, device)
     if other.config.vocab_size != model.config.vocab_size:
         raise UserError(f"{folder} and {against} have different vocabularies: they cannot be compared token by token.")
-    examples = [as_example(p, a) for p, a in zip(prompts, answers, strict=True)]
+    examples = [as_example(p, a.ids) for p, a in zip(prompts, answers, strict=True)]
     result = {"KL to the other, nats a token": (*mean_interval(mean_kl(model, other, examples)), n)}
 
     def wins(name, mine, others):

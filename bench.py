@@ -11,6 +11,7 @@ beside them; two things that are compared take turns, so that whatever else the 
     python bench.py train --vs transformers       # ... next to transformers' model of the same shape
     python bench.py decode out/python             # tokens per second, with the cache and without
     python bench.py claims                        # what is often said of training, measured here
+    python bench.py plot out/sft out/dpo          # what runs logged, side by side: a table and a picture
 
 Left out: profiles of single operators (torch.profiler has them).
 """
@@ -45,6 +46,7 @@ from model import (
     UserError,
     build_optimizer,
     console,
+    find_checkpoint,
     load_model,
     pad_vocab,
     peak_flops,
@@ -552,6 +554,59 @@ def claims(
         for result in results.values():
             show(f"{result['claim']}: {result['finding']}", result["rows"])
     return results
+
+
+@app.command()
+def plot(
+    folders: Annotated[list[str], typer.Argument(help="Checkpoint folders: each one a line.")],
+    of: Annotated[list[str], typer.Option(help="What to show of metrics.jsonl; several times: one panel each.")] = ["loss"],  # noqa: B006
+    out: Annotated[Path, typer.Option(help="Picture to write (needs matplotlib).")] = Path("out/plot.png"),
+    as_json: Json = False,
+) -> dict:
+    """What runs logged over their steps, side by side."""
+    logs = {folder: read_metrics(folder) for folder in folders}
+    known = sorted({name for log in logs.values() for record in log for name, value in record.items() if isinstance(value, (int, float))})
+    if unknown := set(of) - set(known):
+        raise UserError(f"No run logged {min(unknown)!r}; they logged {', '.join(known)}.")
+    lines = {(name, folder): [(r["step"], r[name]) for r in log if name in r] for name in of for folder, log in logs.items()}
+    rows = []
+    for (name, folder), line in lines.items():
+        if line:
+            values = [value for _, value in line]
+            rows.append({"metric": name, "run": folder, "steps": line[-1][0], "first": values[0], "lowest": min(values),
+                         "highest": max(values), "last": values[-1]})  # fmt: skip
+    draw(lines, of, out)
+    return report({"rows": rows}, as_json, "over the steps", rows)
+
+
+def read_metrics(folder: str) -> list[dict]:
+    try:
+        return [json.loads(line) for line in open(find_checkpoint(folder) / "metrics.jsonl", encoding="utf-8")]
+    except (OSError, ValueError):
+        raise UserError(f"{folder} has no metrics.jsonl that can be read: it is no folder of a run.") from None
+
+
+def draw(lines: dict[tuple[str, str], list], panels: list[str], path: Path) -> None:
+    """One panel for each metric, below one another, over the same steps."""
+    try:
+        import matplotlib
+    except ImportError:
+        return say("(pip install matplotlib, and this is also drawn as a picture)")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(panels), figsize=(7, 2.4 * len(panels)), sharex=True, squeeze=False)
+    for panel, axis in zip(panels, axes[:, 0], strict=True):
+        for (name, folder), line in lines.items():
+            if name == panel and line:
+                axis.plot(*zip(*line, strict=True), label=folder, lw=1, marker="o" if len(line) < 20 else None)
+        axis.set_ylabel(panel)
+        axis.legend()
+    axes[-1, 0].set_xlabel("step")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+    say(f"{path} written.")
 
 
 if __name__ == "__main__":

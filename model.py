@@ -526,10 +526,11 @@ def apply_rope(x, cos, sin):  # (B, T, H, D) -> (B, T, H, D)
     return _Rope.apply(x, cos, sin)
 
 
-def visible(q_pos, k_pos, q_doc=None, k_doc=None, *, causal=True, window=None):
+def visible(q_pos, k_pos, q_doc=None, k_doc=None, q_trunk=None, *, causal=True, window=None):
     """THE mask: may the query at q_pos look at the key at k_pos?
 
-    q_pos (..., T), k_pos (..., S) -> bool (..., T, S), True = visible. A slot at position -1 is empty.
+    q_pos (..., T), k_pos (..., S) -> bool (..., T, S), True = visible. A slot at position -1 is empty. With documents only
+    keys of the query's own are, and of its trunk: a document that several others go on from.
 
     >>> visible(torch.arange(3), torch.arange(3), window=2).int().tolist()
     [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
@@ -541,7 +542,8 @@ def visible(q_pos, k_pos, q_doc=None, k_doc=None, *, causal=True, window=None):
     if window is not None:
         mask = mask & (distance < window) & (distance > -window)
     if q_doc is not None:
-        mask = mask & (q_doc.unsqueeze(-1) == k_doc.unsqueeze(-2))
+        same = q_doc.unsqueeze(-1) == k_doc.unsqueeze(-2)
+        mask = mask & (same if q_trunk is None else same | (q_trunk.unsqueeze(-1) == k_doc.unsqueeze(-2)))
     return mask
 
 
@@ -578,8 +580,8 @@ class _AttendCPU(torch.autograd.Function):
         if mask is None:
             scores = torch.bmm(q, k.transpose(1, 2)).mul_(D**-0.5)  # (B*K, G*T, S)
         else:
-            bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)  # (B or 1, T, S)
-            bias = bias[:, None, None].expand(B, K, G, T, S).reshape(B * K, G * T, S)
+            bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf).repeat(1, G, 1)  # (B or 1, G*T, S)
+            bias = bias if len(bias) == 1 else bias.repeat_interleave(K, 0)
             scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=D**-0.5)
         p = torch.softmax(scores, -1)
         ctx.save_for_backward(q, k, v, p)
@@ -592,8 +594,9 @@ class _AttendCPU(torch.autograd.Function):
         grad = grad.reshape(q.shape)
         grad_v = torch.bmm(p.transpose(1, 2), grad)
         grad_p = torch.bmm(grad, v.transpose(1, 2))
-        grad_s = p * (grad_p - (grad_p * p).sum(-1, keepdim=True)) * D**-0.5
-        grad_q, grad_k = torch.bmm(grad_s, k), torch.bmm(grad_s.transpose(1, 2), q)
+        grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)  # p * (grad_p - sum(grad_p * p))
+        grad_q = torch.baddbmm(q, grad_s, k, beta=0, alpha=D**-0.5)
+        grad_k = torch.baddbmm(k, grad_s.transpose(1, 2), q, beta=0, alpha=D**-0.5)
         K = k.shape[0] // B
         return grad_q.view(B, H, T, D), grad_k.view(B, K, -1, D), grad_v.view(B, K, -1, D), None
 
@@ -710,12 +713,15 @@ class Transformer(nn.Module):
             if config.tie:
                 self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, x, targets=None, *, positions=None, doc_ids=None, cache=None, aux=None, output="logits"):
+    def forward(self, x, targets=None, *, positions=None, doc_ids=None, trunk_ids=None, at=None, cache=None, aux=None,
+                output="logits"):  # fmt: skip
         """ids (B, T), or hidden (B, T, C) on a later stage -> (result, aux).
 
         targets (B, T)  given: the result is the loss PER TOKEN (B, T) in nats, float32, 0 where IGNORE
         positions       (T,) consecutive or (B, T) any, 0.. by default (with a cache: from its end); -1 is padding
         doc_ids (B, T)  tokens of different documents do not see each other
+        trunk_ids       (B, T) a document that a token sees beside its own: a prompt that several answers share
+        at (N,)         the places in the flattened (B, T) that the result is wanted of: it, and targets, are then (N, ..)
         output          "logits" (B, T, V) | "last" (B, 1, V): the last position's | "hidden" (B, T, C)
                         with a score head, in the place of the logits: a number a token (B, T) or (B, 1), float32
         aux             (L, 1), with experts (L, 5 + E): what each layer adds to the loss, and what it saw (`AUX`; while
@@ -729,7 +735,7 @@ class Transformer(nn.Module):
             if doc_ids is not None:
                 raise ValueError("a cache holds one document a row: give doc_ids or a cache, not both")
             cache.claim(positions)
-        masks = self.masks(positions, doc_ids, cache, T)
+        masks = self.masks(positions, doc_ids, trunk_ids, cache, T)
         if self.first:
             x = self.embed_tokens(x)  # (B, T, C)
         x = x.to(self.compute_dtype or x.dtype)
@@ -742,7 +748,8 @@ class Transformer(nn.Module):
             x, aux = self.remember(block, *args)
         if not self.last:
             return x, aux
-        x = self.norm(x[:, -1:] if output == "last" else x)
+        x = x[:, -1:] if output == "last" else x if at is None else x.flatten(0, 1).index_select(0, at)
+        x = self.norm(x)
         if output == "hidden":
             return x, aux
         if self.config.head == "score":
@@ -762,7 +769,7 @@ class Transformer(nn.Module):
             return checkpoint(block, *args, use_reentrant=False)
         return checkpoint(block, *args, use_reentrant=False, context_fn=keep_products)
 
-    def masks(self, positions, doc_ids, cache, T) -> dict:
+    def masks(self, positions, doc_ids, trunk_ids, cache, T) -> dict:
         """The mask of each window size in use, made once for all layers that share it."""
         full = {}
         for window in set(self.config.window):
@@ -776,7 +783,7 @@ class Transformer(nn.Module):
                     full[window] = "causal"
                     continue
             k_pos = positions if cache is None else cache.positions[:, : cache.n]
-            mask = visible(positions, k_pos, doc_ids, doc_ids, causal=self.config.causal, window=window)
+            mask = visible(positions, k_pos, doc_ids, doc_ids, trunk_ids, causal=self.config.causal, window=window)
             if positions.dim() == 2:  # a row of padding sees nothing, and a softmax over nothing is NaN: let it see all
                 mask = mask | (positions < 0).unsqueeze(-1)
             full[window] = mask if mask.dim() == 3 else mask.unsqueeze(0)  # (B or 1, T, S)
@@ -845,11 +852,11 @@ KEEP_LOGITS = 2**27  # beyond this many in all, they are computed again in the b
 
 
 def token_losses(hidden, head: nn.Module, targets, V: int):
-    """-log p(target) of each token: (B, T, C), (B, T) -> (B, T) float32, 0 where the target is IGNORE.
+    """-log p(target) of each token: (B, T, C), (B, T) -> (B, T) (or (N, C), (N,) -> (N,)) float32, 0 where the target is IGNORE.
 
     In chunks of tokens, so that the (N, V) logits of a large vocabulary never stand in memory at once.
     """
-    x, t = hidden.flatten(0, 1), targets.flatten()
+    x, t = hidden.flatten(0, -2), targets.flatten()
     rows = max(64, CHUNK_LOGITS // V) if x.device.type == "cpu" else max(1024, 2**26 // V)
     again = torch.is_grad_enabled() and x.shape[0] * V > KEEP_LOGITS
 
@@ -995,9 +1002,8 @@ def prefill(model, prompts: list[list[int]], dtype):
     T, device = max(map(len, prompts)), next(model.parameters()).device
     ids = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=device)
     cache = Cache(model.config, len(prompts), T, device, dtype)
-    hidden, _ = model(ids, cache=cache, output="hidden")
-    ends = torch.tensor([len(p) - 1 for p in prompts], device=device)
-    return model.lm_head(hidden[torch.arange(len(prompts), device=device), ends]).float(), cache
+    ends = torch.tensor([i * T + len(p) - 1 for i, p in enumerate(prompts)], device=device)
+    return model(ids, at=ends, cache=cache)[0].float(), cache
 
 
 def greedy(logits):  # (B, V) -> (B,)
@@ -1552,7 +1558,8 @@ def build_optimizer(
         group = {"params": hidden, "weight_decay": weight_decay * m**0.5, "lr_scale": m**-0.5}
         parts.append(torch.optim.Muon([group], lr, adjust_lr_fn="match_rms_adamw"))
     fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
-    parts.append(torch.optim.AdamW([g for g in adamw if g["params"]], lr, betas, eps=1e-10, fused=fused))
+    if adamw := [g for g in adamw if g["params"]]:  # (with LoRA Muon may have them all)
+        parts.append(torch.optim.AdamW(adamw, lr, betas, eps=1e-10, fused=fused))
     return Optimizer(named, parts)
 
 

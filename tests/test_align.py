@@ -15,7 +15,7 @@ from conftest import ROOT, command, wait_for
 import align
 import sample
 from align import Example, collate, grade, logps, pack, rewards
-from model import IGNORE, PRESETS, Transformer, UserError, load_model, load_state, load_tokenizer, render, save_checkpoint
+from model import PRESETS, Transformer, UserError, load_model, load_state, load_tokenizer, render, save_checkpoint
 
 TALK = [{"role": "user", "content": "def f(a):"}, {"role": "assistant", "content": "    return a + 1"}]
 
@@ -57,21 +57,46 @@ def test_packing(base):
     torch.manual_seed(0)
     examples = [Example(torch.randint(300, (n,)).tolist(), [i > n // 2 for i in range(n)]) for n in (30, 7, 60, 21, 40, 5)]
     assert sorted(i for row in pack([len(e.ids) for e in examples], 64) for i in row) == list(range(6))
-    together = logps(model, collate(examples, 64))
-    alone = torch.cat([logps(model, collate([e], 64)) for e in examples])
+    together = logps(model, collate([[e] for e in examples], 64))
+    alone = torch.cat([logps(model, collate([[e]], 64)) for e in examples])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
-    assert len(collate(examples, 64).x) < len(examples)
+    assert len(collate([[e] for e in examples], 64).x) < len(examples)
     changed = [examples[0]._replace(ids=[9] * 30), *examples[1:]]
-    assert torch.equal(logps(model, collate(changed, 64))[1:], together[1:])
+    assert torch.equal(logps(model, collate([[e] for e in changed], 64))[1:], together[1:])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_answers_share_their_prompt(base, bf16):
+    """It stands in the batch once; losses, scores and gradients are those of answers that have one each."""
+    model = load_model(base)
+    model.compute_dtype = torch.bfloat16 if bf16 else None
+    torch.manual_seed(0)
+    items = []
+    for prompt, answers in ((40, (5, 1, 12)), (7, (3, 3)), (20, (9,))):
+        start = torch.randint(300, (prompt,)).tolist()
+        items.append([align.as_example(start, torch.randint(300, (n,)).tolist()) for n in answers])
+    items[1][0].ids[-3:-1] = items[1][1].ids[-3:-1]  # they begin alike: what is trained is not shared
+    assert [align.trunk_of(i) for i in items] == [40, 7, 0]
+    found = []
+    for batch in (collate(items, 64), collate([[e] for item in items for e in item], 64)):
+        model.zero_grad()
+        values = logps(model, batch)
+        values.sum().backward()
+        found.append((values.detach(), model.layers["0"].self_attn.k_proj.weight.grad.clone(), (batch.positions >= 0).sum().item()))
+    (one, gradient, size), (other, theirs, whole) = found
+    assert size == sum(map(align.size_of, items)) == whole - 2 * 40 - 7
+    loose = dict(rtol=0.05, atol=0.05 * theirs.abs().max().item()) if bf16 else dict(rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(one, other, **(dict(rtol=1e-2, atol=0.1) if bf16 else loose))
+    torch.testing.assert_close(gradient, theirs, **loose)
 
 
 def test_only_the_answer_is_a_target(modules):
     """Changing a prompt token's label changes nothing: there is none."""
     ids, own = render(load_tokenizer(modules), TALK)
-    batch = collate([Example(ids, own)], 128)
-    asked = [i + 1 for i in range(len(ids) - 1) if batch.y[0, i] != IGNORE]
-    assert asked == [i for i, t in enumerate(own) if t]
-    assert batch.y[0, asked[-1] - 1] == load_tokenizer(modules).im_end_id
+    batch = collate([[Example(ids, own)]], 128)
+    asked = [i for i, t in enumerate(own) if t]
+    assert batch.at.tolist() == [i - 1 for i in asked] and batch.targets.tolist() == [ids[i] for i in asked]
+    assert batch.targets[-1] == load_tokenizer(modules).im_end_id
     assert batch.lengths.tolist() == [float(sum(own))]
 
 
@@ -282,7 +307,7 @@ def test_transformers_opens_them(stages):
     assert ours.config.n_params() == sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     pads = [ours.config.pad_id] * 3
     found = theirs(torch.tensor([ids + pads]), attention_mask=torch.tensor([[1] * len(ids) + [0] * 3])).logits
-    mine = rewards(ours, collate([Example(ids, [True] * len(ids))], 128))
+    mine = rewards(ours, collate([[Example(ids, [True] * len(ids))]], 128))
     assert abs(float(mine)) > 1e-4
     torch.testing.assert_close(found[0], mine, rtol=1e-4, atol=1e-5)
 
@@ -423,7 +448,8 @@ def test_pairs_evaluate_label(stages, lines, tmp_path, modules):
     assert found["bits per byte of the pretraining text"]["value"] > 1 and 0 <= found["wins by the reward model"]["value"] <= 1
     code, out, err = command(*args)
     assert code == 0 and "95 % interval" in err
-    code, out, err = command("align.py", "evaluate", stages / "sft", "--prompts", lines / "prompts.jsonl", "--plain", "--json")
+    code, out, err = command("align.py", "evaluate", stages / "sft", "--prompts", lines / "prompts.jsonl", "--plain", "--json",
+                             "--data", modules)  # fmt: skip
     assert code == 0 and json.loads(out)["good"]["n"] == 4, err
 
 
@@ -441,7 +467,7 @@ def test_pairs_are_good_against_bad(base, lines, tmp_path, monkeypatch):
     monkeypatch.setattr(align, "answer_all", lambda *a, **k: (None, None, None, answers))
     align.pairs(str(base), str(lines / "prompts.jsonl"), tmp_path / "p.jsonl", samples=6, device="cpu")
     made = [json.loads(line) for line in open(tmp_path / "p.jsonl")]
-    assert [(m["chosen"], m["rejected"]) for m in made] == [("    return a + 1", "    pass")]
+    assert [(m["chosen"], m["rejected"]) for m in made] == [("    return a + 1", "    pass"), ("    return a - 1", "    pass")]
 
 
 def test_label_writes_what_was_chosen(base, lines, tmp_path, monkeypatch):
@@ -547,7 +573,7 @@ def test_sft_loss_equals_trls(trl, base):
     rows = Dataset.from_list([{"prompt": start.format(p), "completion": c} for p, c, _ in pairs])
     trainer = module.SFTTrainer(model, module.SFTConfig(**common), train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
     theirs = trainer.compute_loss(trainer.model, batch(trainer)).item()
-    b = collate([item[0] for item in items(load_tokenizer(base))], 128)
+    b = collate([[item[0]] for item in items(load_tokenizer(base))], 128)
     assert -float(logps(load_model(base), b).sum() / b.lengths.sum()) == pytest.approx(theirs, abs=1e-4)
 
 
@@ -568,7 +594,7 @@ def test_dpo_losses_equal_trls(ours, kind, trl, base):
     theirs = trainer.compute_loss(trainer.model, batch(trainer)).item()
     reference, mine = load_model(base), load_model(base)
     mine.load_state_dict({n: p * 1.05 for n, p in mine.state_dict().items()})
-    b = collate([e for item in items(load_tokenizer(base)) for e in item], 128)
+    b = collate(items(load_tokenizer(base)), 128)
     with torch.no_grad():
         ratios = (logps(mine, b) - logps(reference, b)) / (b.lengths if align.VARIANTS[ours].mean else 1)
     chosen, rejected = ratios.view(-1, 2).unbind(1)
@@ -648,5 +674,5 @@ def test_reward_loss_equals_trls(trl, stages):
     both = [[Example(e.ids[:-1], e.trained[:-1]) for e in item] for item in items(load_tokenizer(folder))]
     rows = [row[mask.bool()].tolist() for row, mask in zip(found["input_ids"], found["attention_mask"], strict=True)]
     assert rows[0] == both[0][0].ids, "trl tokenized another text"
-    scores = rewards(load_model(folder), collate([e for item in both for e in item], 128)).view(-1, 2)
+    scores = rewards(load_model(folder), collate(both, 128)).view(-1, 2)
     assert float(torch.stack([align.ranking_loss(s) for s in scores]).mean()) == pytest.approx(theirs, abs=1e-4)

@@ -223,3 +223,20 @@ def test_as_a_command(tmp_path):
     args, env = ("claims", "kv-cache", "--quick", "--json"), {"OMP_NUM_THREADS": "1"}
     code, out, err = command("bench.py", *args, cwd=tmp_path, env=env)
     assert code == 0 and list(json.loads(out)) == ["kv-cache"], err
+
+
+def test_plot_shows_what_was_logged(tmp_path, capsys):
+    (tmp_path / "vocab.json").write_text("{}")
+    model = Transformer(PRESETS["nano"].replace(vocab_size=64, n_layer=1))
+    for name, values in (("a", [1.0, 3.0, 2.0]), ("b", [5.0, 4.0])):
+        save_checkpoint(tmp_path / name, model, tmp_path / "vocab.json",
+                        metrics="".join(json.dumps({"step": i + 1, "loss": v}) + "\n" for i, v in enumerate(values)))  # fmt: skip
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    bench.plot(folders, of=["loss"], out=tmp_path / "p.png", as_json=True)
+    rows = printed(capsys)["rows"]
+    assert [(r["first"], r["lowest"], r["highest"], r["last"], r["steps"]) for r in rows] == [(1, 1, 3, 2, 3), (5, 4, 5, 4, 2)]
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(UserError, match="No run logged 'reward'; they logged loss, step"):
+        bench.plot(folders, of=["reward"], out=tmp_path / "p.png")
+    with pytest.raises(UserError):
+        bench.plot([str(tmp_path / "c")], of=["loss"], out=tmp_path / "p.png")

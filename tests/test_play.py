@@ -104,17 +104,17 @@ def test_the_first_gradient_is_the_policy_gradients(kind, options, base, lines, 
     run = open_run(kind, base, lines, tmp_path / "o", kl_coef=0.0, **options)
     run.credit([episodes_of(run, TEXTS, WORTH)])
     run.model.train()
-    run.measure(range(4), run.items, run.loss, backward=True)
+    run.measure([0], run.items, run.loss, backward=True)
     found = {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None}
     plain, total = load_model(base), 0.0
-    tokens = sum(sum(item[0].trained) for item in run.items)
-    for i, (item, text) in enumerate(zip(run.items, TEXTS, strict=True)):
-        e, length = item[0], sum(item[0].trained)
+    lengths = [sum(e.trained) for e in run.items[0]]
+    old, advantages = run.old[0].split(lengths), run.advantages[0].split(lengths)
+    for i, (e, text, length) in enumerate(zip(run.items[0], TEXTS, lengths, strict=True)):
         assert run.tokenizer.decode([t for t, own in zip(*e, strict=True) if own]) == text + "<|im_end|>"
         logits = plain(torch.tensor([e.ids]))[0][0] / options.get("temperature", 1.0)
         logp = logits.log_softmax(-1)[:-1].gather(-1, torch.tensor(e.ids[1:])[:, None])[:, 0][-length:]
-        torch.testing.assert_close(run.old[i], logp.detach(), rtol=1e-4, atol=1e-4)
-        total = total - (run.advantages[i] * logp).sum() / (4 * length if options.get("normalize") == "sequence" else tokens)
+        torch.testing.assert_close(old[i], logp.detach(), rtol=1e-4, atol=1e-4)
+        total = total - (advantages[i] * logp).sum() / (4 * length if options.get("normalize") == "sequence" else sum(lengths))
     total.backward()
     for name, p in plain.named_parameters():
         torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6)
@@ -123,12 +123,14 @@ def test_the_first_gradient_is_the_policy_gradients(kind, options, base, lines, 
 def test_grpo_begins_at_zero_and_ppo_at_its_critic(base, lines, tmp_path):
     run = open_run("grpo", base, lines, tmp_path / "g", normalize="sequence")
     run.credit([episodes_of(run, TEXTS, WORTH)])
-    stats = run.measure(range(4), run.items, run.loss, backward=False)
+    stats = run.measure([0], run.items, run.loss, backward=False)
     assert stats["loss"] == pytest.approx(0, abs=1e-6) and stats["clip_fraction"] == 0
     run = open_run("ppo", base, lines, tmp_path / "p")
     stats = run.credit([episodes_of(run, TEXTS, WORTH)])
     assert all((v == 0).all() for v in run.values) and stats["kl"] == pytest.approx(0, abs=1e-6)
-    for returns, e in zip(run.returns, run.episodes, strict=True):  # no critic yet, gamma 1: lambda to the way that is left
+    lengths = [len(e.answer.ids) for e in run.groups[0]]
+    for returns, e in zip(run.returns[0].split(lengths), run.groups[0], strict=True):
+        # no critic yet, gamma 1: lambda to the way that is left
         want = e.reward * 0.95 ** torch.arange(len(returns) - 1, -1, -1.0)
         torch.testing.assert_close(returns, want, rtol=1e-4, atol=1e-5)
     every = torch.cat(run.advantages)
@@ -141,7 +143,7 @@ def test_flat_groups(base, lines, tmp_path):
     for flat in (False, True):
         run = open_run("grpo", base, lines, tmp_path / str(flat), keep_flat=flat, kl_coef=0.0, normalize="sequence")
         run.credit([episodes_of(run, TEXTS, WORTH), episodes_of(run, TEXTS, [0.5] * 4)])
-        assert len(run.items) == (8 if flat else 4)
+        assert len(run.items) == (2 if flat else 1)
         run.measure(range(len(run.items)), run.items, run.loss, backward=True)
         losses.append(run.model.lm_head.weight.grad.clone())
     torch.testing.assert_close(losses[0], 2 * losses[1], rtol=1e-4, atol=1e-7)
@@ -167,7 +169,7 @@ def test_ten_arms(kind, base, lines, tmp_path):
     """The best of ten is found, with payouts that are close."""
     pay = [0.1, 0.5, 0.2, 0.9, 0.3, 0.7, 0.0, 0.4, 0.6, 0.8]
     size = {"batch_size": 4, "samples": 16} if kind == "grpo" else {"batch_size": 64}
-    _, after = play_bandit(kind, base, lines, tmp_path / "o", lambda token: pay[token % 10], 100, kl_coef=0.0, **size)
+    _, after = play_bandit(kind, base, lines, tmp_path / "o", lambda token: pay[token % 10], 250, kl_coef=0.0, **size)
     assert after[3::10].sum() > 0.9
 
 
@@ -177,7 +179,7 @@ def test_two_arms_with_kl(kind, base, lines, tmp_path):
     gradient of KL(ref || p), and the optimum p = b ref / (c - r), with r a (n-1)/n of itself, the mean being its own."""
     b, n = 0.5, 16
     size = {"batch_size": 8, "samples": n, "scale": "none"} if kind == "grpo" else {"batch_size": 128, "passes": 1}
-    before, after = play_bandit(kind, base, lines, tmp_path / "o", lambda t: 1.0 - t % 2, 150, kl_coef=b, **size)
+    before, after = play_bandit(kind, base, lines, tmp_path / "o", lambda t: 1.0 - t % 2, 300, kl_coef=b, **size)
     even = before[0::2].sum().item()
     if kind == "ppo":
         want = even * math.exp(1 / b) / (even * math.exp(1 / b) + 1 - even)
@@ -208,7 +210,8 @@ def judge(tmp_path_factory, base, lines):
                                         ("grpo", ("--lora-rank", "4", "--optimizer", "muon"))])  # fmt: skip
 def test_resume_is_exact(name, more, base, lines, tmp_path):
     more = ("--schedule", "constant", *more)
-    assert stage(name, base, lines, tmp_path / "whole", *more)[0] == 0
+    code, _, err = stage(name, base, lines, tmp_path / "whole", *more)
+    assert code == 0, err
     assert stage(name, base, lines, tmp_path / "part", *more, "--max-steps", "2")[0] == 0
     code, _, err = command("align.py", name, "--resume", tmp_path / "part", "--max-steps", "4")
     assert code == 0, err
@@ -237,8 +240,8 @@ def test_kills(name, base, lines, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
-def test_two_ranks_learn_from_all_answers(name, base, lines, tmp_path):
-    code, _, err = stage(name, base, lines, tmp_path / "o", "--samples", "4", "--max-steps", "2", ranks=2)
+def test_two_ranks_learn_from_all_answers(name, base, lines, judge, tmp_path):
+    code, _, err = stage(name, base, lines, tmp_path / "o", "--samples", "4", "--max-steps", "2", "--reward", judge, ranks=2)
     assert code == 0, err
     rows = [r for r in records(tmp_path / "o") if "reward" in r]
     assert len(rows) == 2 and all(math.isfinite(r["loss"]) for r in rows)
@@ -261,7 +264,7 @@ def test_what_is_logged(base, lines, judge, tmp_path):
     worth = align.reward_function(("checks", "parses:2"), 1.0, "cpu")([record] * 3, answers)
     assert worth == pytest.approx([1 + 2, 4 / 6 / 2 + 2, 3 / 6 / 2 + 2 - 1])
     scored = align.reward_function((f"{judge}:0.5",), 0.0, "cpu")([record] * 3, answers)
-    assert scored[1] == scored[2] and scored[0] != scored[1]
+    assert scored[1] == pytest.approx(scored[2], rel=1e-4) and scored[0] != pytest.approx(scored[1], rel=1e-3)
     talk = [*record["prompt"], {"role": "assistant", "content": answers[0].text}]
     assert scored[0] == pytest.approx(align.open_judge(judge, "cpu")([talk])[0] / 2)
 
@@ -342,7 +345,7 @@ def test_grpo_loss_equals_trls(ours, kind, base, lines, tmp_path):
     with torch.no_grad():
         for p in run.model.parameters():
             p.mul_(1.02)
-    mine = run.measure(range(8), run.items, run.loss, backward=False)
+    mine = run.measure(range(2), run.items, run.loss, backward=False)
     assert 0 < mine["clip_fraction"]
 
     hf = transformers.AutoTokenizer.from_pretrained(base)
@@ -356,16 +359,21 @@ def test_grpo_loss_equals_trls(ours, kind, base, lines, tmp_path):
         for p in trainer.model.parameters():
             p.mul_(1.02)
     trainer.model.eval()
-    width = max(map(len, run.old))
+    every = [e for item in run.items for e in item]
+    lengths = [[sum(e.trained) for e in item] for item in run.items]
+    old, reference, advantages = ([part for tokens, n in zip(values, lengths, strict=True) for part in tokens.split(n)]
+                                  for values in (run.old, run.theirs, run.advantages))  # fmt: skip
+    width = max(map(len, old))
 
     def padded(values, fill=0.0):
         return torch.stack([torch.cat((torch.as_tensor(v), torch.full((width - len(v),), fill))) for v in values])
 
-    answers = [[t for t, own in zip(*item[0], strict=True) if own] for item in run.items]
-    prompts = [item[0].ids[: -len(a)] for item, a in zip(run.items, answers, strict=True)]
+    answers = [[t for t, own in zip(*e, strict=True) if own] for e in every]
+    prompts = [e.ids[: -len(a)] for e, a in zip(every, answers, strict=True)]
     inputs = {"prompt_ids": torch.tensor(prompts), "prompt_mask": torch.ones(8, len(prompts[0]), dtype=torch.long),
               "completion_ids": padded(answers).long(), "completion_mask": padded([torch.ones(len(a)) for a in answers]).long(),
-              "advantages": run.advantages, "old_per_token_logps": padded(run.old), "ref_per_token_logps": padded(run.theirs),
+              "advantages": torch.stack([a[0] for a in advantages]), "old_per_token_logps": padded(old),
+              "ref_per_token_logps": padded(reference),
               "num_items_in_batch": torch.tensor(sum(map(len, answers)))}  # fmt: skip
     theirs = trainer._compute_loss(trainer.model, inputs).item()
     assert mine["loss"] == pytest.approx(theirs, abs=1e-4) and abs(theirs) > 1e-3
