@@ -783,8 +783,8 @@ class GRPOStage(PlayStage):
 @dataclass
 class PPOStage(PlayStage):
     out: str = option("out/ppo", "Checkpoint folder to write.")
-    batch_size: int = option(256, "Prompts of a step, over all ranks.")
-    samples: int = option(1, "Answers to each prompt.")
+    batch_size: int = option(64, "Prompts of a step, over all ranks.")
+    samples: int = option(4, "Answers to each prompt.")
     passes: int = option(2, "How often a step's answers are learned from.")
     critic: str = option("shared", "shared: a head on the model's last layer; own: a model of its own, which begins as the same.")
     gamma: float = option(1.0, "Discount of a token's reward by the next token.")
@@ -1166,6 +1166,7 @@ class Play(Run):
             raise UserError(f"{o.model} is not the model that {resume} began with, and is the reference: restore it to resume.")
         self.kept["reference"] = seed_of(o.model, *fingerprint_of(self.reference))
         self.reference.compute_dtype = self.model.compute_dtype
+        self.actor = Transformer(self.model.config).to(self.ranks.device, self.model.compute_dtype)  # what it is, to write with
         self.worth = reward_function(o.reward, o.unended, self.ranks.device)
         self.shown = ("reward", "good", "kl", "entropy", "length")
 
@@ -1202,15 +1203,14 @@ class Play(Run):
 
     def answers_to(self, records: list[dict], samples: int, temperature: float, seed: int) -> list[list[Episode]]:
         """Each prompt's group."""
-        o, model = self.o, self.model
+        o = self.o
+        self.actor.load_state_dict(merged(self.model))
 
         def work(some):
             if not some:
                 return []
-            kept, model.compute_dtype = model.compute_dtype, torch.float32 if self.ranks.device.type == "cpu" else model.compute_dtype
-            found = rollout(model, self.tokenizer, [r["ids"] for r in some], temperature, seed_of(seed, self.ranks.rank),
+            found = rollout(self.actor, self.tokenizer, [r["ids"] for r in some], temperature, seed_of(seed, self.ranks.rank),
                             o.max_new_tokens, samples)  # fmt: skip
-            model.compute_dtype = kept
             every = [r for r in some for _ in range(samples)]
             worth = self.worth(every, found)
             good = [bool(r["check"]) and all(grade(r["check"], a.text, a.ended).values()) for r, a in zip(every, found, strict=True)]
@@ -1479,7 +1479,7 @@ class Answer(NamedTuple):
     ended: bool
 
 
-def rollout(model, tokenizer, prompts: list[list[int]], temperature=1.0, seed=0, max_new_tokens=None, samples=1, rows=128):
+def rollout(model, tokenizer, prompts: list[list[int]], temperature=1.0, seed=0, max_new_tokens=None, samples=1, rows=256):
     """`samples` Answers to each prompt, one after the other; each ends with the turn, with the text, or where the context is
     full."""
     rooms = [min(model.config.seq_len - len(p), max_new_tokens or math.inf) for p in prompts]
@@ -1610,8 +1610,8 @@ def as_example(prompt: list[int], answer: list[int]) -> Example:
 
 
 def answer_all(folder, records, temperature, seed, device, max_new_tokens=None, samples=1):
-    """-> model, tokenizer, prompts in tokens, answers."""
-    model = load_model(folder, device, torch.float32 if device.type == "cpu" else pick_dtype("auto", device))
+    """-> tokenizer, prompts in tokens, answers."""
+    model = load_model(folder, device, pick_dtype("auto", device))
     if model.config.head != "lm":
         raise UserError(f"{folder} is a reward model: it gives scores, not answers.")
     tokenizer = load_tokenizer(folder)
@@ -1623,7 +1623,7 @@ def answer_all(folder, records, temperature, seed, device, max_new_tokens=None, 
             some = prompts[i : i + 1000]
             answers += rollout(model, tokenizer, some, temperature, seed_of(seed, i), max_new_tokens, samples)
             advance(len(some) * samples)
-    return model, tokenizer, prompts, answers
+    return tokenizer, prompts, answers
 
 
 def open_judge(folder, device) -> Callable[[list[list[dict]]], list[float]]:
@@ -1647,7 +1647,8 @@ def open_judge(folder, device) -> Callable[[list[list[dict]]], list[float]]:
 def compare(folder, against, reward, records, model, prompts, answers, temperature, seed) -> dict:
     """The part of `assess` that needs another model, which answers the same prompts."""
     device, n = next(model.parameters()).device, len(records)
-    other, _, _, theirs = answer_all(against, records, temperature, seed, device)
+    other = load_model(against, device)
+    _, _, theirs = answer_all(against, records, temperature, seed, device)
     if other.config.vocab_size != model.config.vocab_size:
         raise UserError(f"{folder} and {against} have different vocabularies: they cannot be compared token by token.")
     examples = [as_example(p, a.ids) for p, a in zip(prompts, answers, strict=True)]
@@ -1681,7 +1682,7 @@ def vote(record: dict, answers: list[Answer]) -> int:
 
 def more_answers(folder, records, samples, reward, temperature, seed, device) -> dict:
     """The part of `assess` that draws several answers to each prompt: what more compute is worth without any training."""
-    _, _, _, answers = answer_all(folder, records, temperature, seed, device, samples=samples)
+    _, _, answers = answer_all(folder, records, temperature, seed, device, samples=samples)
     if "plain" in records[0]:
         answers = [cut_plain(records[i // samples], a) for i, a in enumerate(answers)]
     groups = [answers[i : i + samples] for i in range(0, len(answers), samples)]
@@ -1714,7 +1715,8 @@ def cut_plain(record: dict, answer: Answer) -> Answer:
 def assess(folder, records, against=None, reward=None, temperature=JUDGED_AT, seed=0, text=None, device=None, samples=1) -> dict:
     """Everything that `evaluate` prints: {name: (value, low, high, n)}."""
     device, result = device or pick_device(), {}
-    model, tokenizer, prompts, answers = answer_all(folder, records, temperature, seed, device)
+    tokenizer, prompts, answers = answer_all(folder, records, temperature, seed, device)
+    model = load_model(folder, device)
     if "plain" in records[0]:
         answers = [cut_plain(r, a) for r, a in zip(records, answers, strict=True)]
     grades = [grade(r["check"], a.text, a.ended) if r["check"] else {"ends": a.ended} for r, a in zip(records, answers, strict=True)]
@@ -1866,7 +1868,7 @@ def pairs(
     records = [r for r in load_prompts(prompts, limit, task and [task], seed) if r["check"]]
     if not records:
         raise UserError(f"The prompts of {prompts} carry no checks: rank answers by hand with `python align.py label`.")
-    _, _, _, answers = answer_all(folder, records, temperature, seed, pick_device(device), max_new_tokens, samples)
+    _, _, answers = answer_all(folder, records, temperature, seed, pick_device(device), max_new_tokens, samples)
     made, counts = [], Counter()
     for i, record in enumerate(records):
         own = answers[i * samples : (i + 1) * samples]
@@ -1902,7 +1904,7 @@ def label(
     records = [r for r in load_prompts(prompts, limit) if r["prompt"] not in done]
     if not records:
         return say(f"All prompts are labelled in {out}.")
-    _, _, _, answers = answer_all(folder, records, temperature, seed, pick_device(device), samples=2)
+    _, _, answers = answer_all(folder, records, temperature, seed, pick_device(device), samples=2)
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a", encoding="utf-8") as file:
         for i, record in enumerate(records):

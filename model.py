@@ -556,7 +556,7 @@ def attend(q, k, v, mask=None):
     q (B, H, T, D), k and v (B, K, S, D) with K dividing H; mask None (all), "causal" or bool (B or 1, T, S).
     """
     gqa = q.shape[1] != k.shape[1]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.shape[2] and k.shape[2] <= CPU_SHORT:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and (q.shape[2] == 1 or k.shape[2] <= CPU_SHORT):
         return _AttendCPU.apply(q, k, v, mask)
     if isinstance(mask, str):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
@@ -875,13 +875,16 @@ def token_losses(hidden, head: nn.Module, targets, V: int):
 class Cache:
     """Keys and values of all layers, in slots that remember their positions.
 
-    Preallocated for `slots` tokens a sequence. A slot whose position is -1 (padding, or never written) is invisible, so
-    prompts of unequal length share a batch: pad on either side, give the pads position -1. All rows take the same next
-    slots, unless by_position: then a token stands in the slot of its position, and each row grows at its own pace.
+    For up to `slots` tokens a sequence. A slot whose position is -1 (padding, or never written) is invisible, so prompts of
+    unequal length share a batch: pad on either side, give the pads position -1. All rows take the same next slots, unless
+    by_position: then a token stands in the slot of its position, each row grows at its own pace, and memory is taken
+    a block of slots at a time, which also keeps keys that are read together next to one another.
     """
 
+    BLOCK = 64
+
     def __init__(self, config: Config, batch: int, slots: int, device=None, dtype=None, by_position: bool = False):
-        shape = (config.n_layer, batch, config.n_kv_head, slots, config.head_dim)
+        shape = (config.n_layer, batch, config.n_kv_head, 0 if by_position else slots, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.positions = torch.full((batch, slots), -1, device=device)
@@ -889,7 +892,7 @@ class Cache:
         self.clear()
 
     def clear(self) -> None:
-        self.n, self.ragged = 0, False  # slots in use; does any row differ from 0, 1, 2 ...?
+        self.n, self.ragged = 0, self.by_position  # slots in use; does any row differ from 0, 1, 2 ...?
         self.positions.fill_(-1)
 
     def claim(self, positions) -> None:
@@ -899,21 +902,28 @@ class Cache:
         if self.by_position:  # (one token a row, or several that are consecutive in all)
             end = int(positions.max()) + 1
             self.slots = positions[:, 0] if positions.dim() > 1 else None
-        if end > self.positions.shape[1]:
-            raise UserError(f"{end} tokens do not fit a cache of {self.positions.shape[1]}: ask for fewer.")
+        self.start = end - T
+        self.reach(end)
         if self.slots is None:
-            self.positions[:, end - T : end] = positions
+            self.positions[:, self.start : end] = positions
         else:
             self.positions.scatter_(1, positions, positions)
-        self.ragged |= positions.dim() > 1 and not self.by_position
-        self.n = end
+        self.ragged |= positions.dim() > 1
+
+    def reach(self, end: int) -> None:
+        """Have slots up to `end` in use."""
+        if end > self.positions.shape[1]:
+            raise UserError(f"{end} tokens do not fit a cache of {self.positions.shape[1]}: ask for fewer.")
+        self.n = min(-(-end // self.BLOCK) * self.BLOCK, self.positions.shape[1]) if self.by_position else end
+        if (more := self.n - self.k.shape[3]) > 0:
+            self.k, self.v = (F.pad(x, (0, 0, 0, more)) for x in (self.k, self.v))
 
     def update(self, layer: int, k, v):
         """Write one layer's keys and values (B, K, T, D) into the claimed slots; all so far (B, K, S, D)."""
         K, V = self.k[layer], self.v[layer]
         if self.slots is None:
-            start = self.n - k.shape[2]
-            K[:, :, start : self.n], V[:, :, start : self.n] = k, v
+            end = self.start + k.shape[2]
+            K[:, :, self.start : end], V[:, :, self.start : end] = k, v
         else:
             rows = torch.arange(len(self.slots), device=k.device)
             K[rows, :, self.slots], V[rows, :, self.slots] = k[:, :, 0], v[:, :, 0]
@@ -922,10 +932,10 @@ class Cache:
     def copy(self, source: Cache, rows, to) -> None:
         """These rows of another cache (or of this one) become the rows `to`; what stood there is overwritten or, being at
         later positions, seen by none."""
+        self.reach(max(self.n, source.n))
         for mine, others in ((self.k, source.k), (self.v, source.v)):
             mine[:, to, :, : source.n] = others[:, rows, :, : source.n]
         self.positions[to, : source.n] = source.positions[rows, : source.n]
-        self.n = max(self.n, source.n)
 
     def cut(self, rows: int) -> None:
         """Go on with the first rows only."""
@@ -970,8 +980,10 @@ def generate(model, prompts: list[list[int]], max_new_tokens, pick: Callable | N
 
     while True:
         free = [r for r in range(rows) if owner[r] is None]
-        if waiting and len(free) >= max(samples, rows // 4):
-            take, waiting = waiting[: len(free) // samples], waiting[len(free) // samples :]
+        if waiting and len(free) >= max(samples, rows // 8):
+            take = waiting[: len(free) // samples]
+            take = [i for i in take if len(prompts[i]) > 0.75 * len(prompts[take[0]])]  # alike: padding is read as well
+            waiting = waiting[len(take) :]
             logits, new = prefill(model, [prompts[i] for i in take], dtype)
             every, places = [j for j in range(len(take)) for _ in range(samples)], free[: len(take) * samples]
             cache.copy(new, every, places)
@@ -981,7 +993,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens, pick: Callable | N
         elif len(free) == rows:
             return out
         else:
-            if not waiting and len(free) >= rows / 4:  # rows that have ended cost as much as the others: let them go
+            if not waiting and len(free) >= rows / 8:  # rows that have ended cost as much as the others: let them go
                 rows -= len(free)
                 holes, moved = [r for r in free if r < rows], [r for r in range(rows, len(owner)) if owner[r] is not None]
                 cache.copy(cache, moved, holes)

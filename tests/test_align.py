@@ -464,7 +464,7 @@ def test_pairs_are_good_against_bad(base, lines, tmp_path, monkeypatch):
     texts = ["    return a + 1", "    pass", "    return a - 1", "    return a, a", "    pass", "    pass"]
     texts += ["    return -a"] * 6 + ["    pass"] * 12
     answers = [align.Answer([1], t, i != 3) for i, t in enumerate(texts)]
-    monkeypatch.setattr(align, "answer_all", lambda *a, **k: (None, None, None, answers))
+    monkeypatch.setattr(align, "answer_all", lambda *a, **k: (None, None, answers))
     align.pairs(str(base), str(lines / "prompts.jsonl"), tmp_path / "p.jsonl", samples=6, device="cpu")
     made = [json.loads(line) for line in open(tmp_path / "p.jsonl")]
     assert [(m["chosen"], m["rejected"]) for m in made] == [("    return a + 1", "    pass"), ("    return a - 1", "    pass")]
