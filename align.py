@@ -1,24 +1,28 @@
-"""From a text predictor to something that does what was asked: instructions (SFT), preferences (reward model, DPO).
+"""From a text predictor to something that does what was asked: instructions, preferences, and play against a reward.
 
 A pretrained model goes on with a text. Shown conversations and trained on the assistant's words only (SFT), it answers.
 Shown two answers of which one is better, it learns which (reward model), or learns to write the better one (DPO),
-without ever leaving the model it began as too far behind (the reference). Everything here works offline on the default
-data: Python functions, where a signature and a docstring are the instruction, the body is the answer, and whether it
-parses, defines what was asked for, uses its parameters and does something is decided by `ast`, not by a judge.
+without ever leaving the model it began as too far behind (the reference). Or it writes answers itself, is told what each
+was worth, and makes the better ones likelier (PPO, GRPO). Everything here works offline on the default data: Python
+functions, where a signature and a docstring are the instruction, the body is the answer, and whether it parses, defines
+what was asked for, uses its parameters and does something is decided by `ast`, not by a judge.
 
     python align.py data                                # instructions from the data folder's own modules
-    python align.py sft                                 # out/python -> out/sft;  --show-mask prints what is trained
+    python align.py sft                                 # out/python -> out/sft;  --show-mask 3 prints what is trained
     python align.py pairs out/sft                       # its own answers, ranked by the checks
     python align.py dpo --model out/sft --data data/pairs.jsonl
     python align.py reward --model out/sft --data data/pairs.jsonl
-    python align.py evaluate out/dpo --against out/sft
+    python align.py grpo                                # out/sft -> out/grpo, rewarded by the checks
+    python align.py ppo --reward out/reward:0.1 --reward checks
+    python align.py evaluate out/dpo --against out/sft  # --samples 8: pass@k, their vote, best of 8
     python align.py label out/sft                       # which of two answers do you prefer?
 
-Text that a model wrote is parsed and compiled, never executed. Left out: a second tokenizer for the judge, images.
+Text that a model wrote is parsed and compiled, never executed. Left out: images, rollouts on other machines than training.
 
 SFT and rankings: Ouyang et al. 2022 (2203.02155). DPO: Rafailov et al. 2023 (2305.18290). IPO: Azar et al. 2023
 (2310.12036). Noisy labels: Mitchell 2023 (cDPO); Chowdhury et al. 2024 (2403.00409). SimPO: Meng et al. 2024
-(2405.14734). LoRA: Hu et al. 2021 (2106.09685). ChatML: OpenAI 2023.
+(2405.14734). LoRA: Hu et al. 2021 (2106.09685). ChatML: OpenAI 2023. PPO: Schulman et al. 2017 (1707.06347), for language
+models Ziegler et al. 2019 (1909.08593). GRPO: Shao et al. 2024 (2402.03300).
 """
 
 from __future__ import annotations
@@ -756,7 +760,7 @@ class PlayStage(Stage):
     out: str = option("out/grpo", "Checkpoint folder to write.")
     reward: tuple[str, ...] = option(("checks",), "checks, one of them, or a reward model's folder; NAME:WEIGHT, several times: a sum.")
     unended: float = option(1.0, "Taken off the reward of an answer that did not end by itself.")
-    max_steps: int | None = option(80, "Steps: each plays, then learns from what it saw.")
+    max_steps: int | None = option(120, "Steps: each plays, then learns from what it saw.")
     batch_size: int = option(32, "Prompts of a step, over all ranks.")
     samples: int = option(8, "Answers to each prompt: the group.")
     temperature: float = option(1.0, "Of the answers that it learns from.")

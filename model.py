@@ -982,7 +982,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens, pick: Callable | N
         free = [r for r in range(rows) if owner[r] is None]
         if waiting and len(free) >= max(samples, rows // 8):
             take = waiting[: len(free) // samples]
-            take = [i for i in take if len(prompts[i]) > 0.75 * len(prompts[take[0]])]  # alike: padding is read as well
+            take = [i for i in take if len(prompts[i]) > 0.75 * len(prompts[take[0]]) - 8]  # alike: padding is read as well
             waiting = waiting[len(take) :]
             logits, new = prefill(model, [prompts[i] for i in take], dtype)
             every, places = [j for j in range(len(take)) for _ in range(samples)], free[: len(take) * samples]

@@ -356,6 +356,8 @@ def test_visible_by_hand():
     assert rows(p, p, causal=False, window=2) == ["xx..", "xxx.", ".xxx", "..xx"]
     doc = torch.tensor([0, 0, 1, 1])
     assert rows(p, p, doc, doc) == ["x...", "xx..", "..x.", "..xx"]
+    fork, place = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 2, 2])  # two answers to the prompt 0
+    assert rows(place, place, fork, fork, torch.zeros(4)) == ["x...", "xx..", "xxx.", "xx.x"]
     assert rows(torch.tensor([2]), torch.tensor([-1, 0, 3, 2, -1, 1])) == [".x.x.x"]  # slots in any order, or empty
     assert octavo.visible(torch.zeros(3, 4), torch.zeros(3, 5)).shape == (3, 4, 5)
 
@@ -552,8 +554,9 @@ def test_generate_is_the_plain_loop(window):
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("rows", [1, 3, 8, None])
-def test_waiting_prompts_take_the_places_of_ended_texts(window, rows):
+def test_waiting_prompts_take_the_places_of_ended_texts(window, rows, monkeypatch):
     """Any number of rows, samples and limits of their own: the same texts as one by one."""
+    monkeypatch.setattr(Cache, "BLOCK", 4)  # the cache grows as they go on
     net = make(window=window)
     prompts = [ids(1 + n % 7, seed=n).tolist() for n in range(11)]
     limits = [3 + 5 * n % 9 for n in range(11)]
@@ -576,6 +579,36 @@ def test_generate_takes_a_picker_and_refuses_an_empty_prompt():
     for bad in ([], [[]], [[1], []]):
         with pytest.raises(UserError, match="at least one token"):
             generate(make(), bad, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, loose", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_rows_at_their_own_pace(window, dtype, loose):
+    """Each token in the slot of its position, blocks of slots as they are needed: the logits of a row by itself."""
+    net, x = make(window=window).to(dtype), ids(3, 25)
+    cache, lengths = Cache(net.config, 3, 30, dtype=dtype, by_position=True), [4, 9, 1]
+    cache.BLOCK = 8
+    for row, n in enumerate(lengths):
+        alone = Cache(net.config, 1, n, dtype=dtype)
+        net(x[row : row + 1, :n], cache=alone)
+        cache.copy(alone, [0], [row])
+    for step in range(15):
+        at = [[n + step] for n in lengths]
+        got = net(torch.stack([x[row, i] for row, i in enumerate(at)]), positions=torch.tensor(at), cache=cache)[0]
+        assert cache.k.shape[3] == cache.n == min(30, -(-(max(lengths) + step + 1) // 8) * 8)
+        for row, (i,) in enumerate(at):
+            torch.testing.assert_close(got[row, 0], net(x[row : row + 1, : i + 1])[0][0, -1], rtol=loose, atol=loose)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["lm", "score"])
+def test_the_result_at_some_places(head):
+    net, x, y, at = make(head=head), ids(2, 12), ids(2, 12, seed=1), torch.tensor([3, 3, 20, 11])
+    close(net(x, at=at)[0], net(x)[0].flatten(0, 1)[at])
+    close(net(x, at=at, output="hidden")[0], net(x, output="hidden")[0].flatten(0, 1)[at])
+    if head == "lm":
+        close(net(x, y.flatten()[at], at=at)[0], net(x, y)[0].flatten()[at])
 
 
 # ---- initialisation and stages -------------------------------------------------------------------------------

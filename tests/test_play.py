@@ -149,6 +149,38 @@ def test_flat_groups(base, lines, tmp_path):
     torch.testing.assert_close(losses[0], 2 * losses[1], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "kind, option",
+    [("grpo", {"clip": 0.01}), ("grpo", {"clip_high": 0.01}), ("grpo", {"scale": "none"}), ("grpo", {"kl_coef": 0.5}),
+     ("grpo", {"normalize": "sequence"}), ("grpo", {"normalize": "constant"}), ("grpo", {"temperature": 0.5}),
+     ("ppo", {"clip": 0.01}), ("ppo", {"gamma": 0.9}), ("ppo", {"lam": 0.5}), ("ppo", {"kl_coef": 0.5}), ("ppo", {"value_coef": 0.5}),
+     ("ppo", {"value_clip": 0.01}), ("ppo", {"entropy_coef": 0.1}), ("ppo", {"temperature": 0.5})],
+)  # fmt: skip
+def test_every_option_changes_the_loss(kind, option, base, lines, tmp_path):
+    """With a policy that is neither the reference (so there is a KL) nor what played (a ratio), and a critic that has values."""
+    losses = []
+    for more in ({}, option):
+        run = open_run(kind, base, lines, tmp_path / "o", **more)
+        with torch.no_grad():
+            for name, p in run.model.named_parameters():
+                p.mul_(1.02) if "critic" not in name else p.add_(0.05)
+        run.credit([episodes_of(run, TEXTS, WORTH)])
+        with torch.no_grad():
+            for p in run.model.parameters():
+                p.mul_(1.04)
+        losses.append(run.measure([0], run.items, run.loss, backward=False)["loss"])
+    assert losses[0] != pytest.approx(losses[1], rel=1e-5)
+
+
+def test_passes_and_minibatches_are_updates(base, lines, tmp_path):
+    run = open_run("grpo", base, lines, tmp_path / "o", passes=3, minibatches=2, samples=4)
+    run.worth = lambda records, answers: [float(i % 3) for i in range(len(answers))]
+    sizes, update = [], run.update
+    run.update = lambda picks: sizes.append(len(picks)) or update(picks)
+    run.step(1e-4)
+    assert sizes == [2] * 6
+
+
 # Bandits: answers of one token, and arms that many tokens share ---------------------------------------------------------
 
 
