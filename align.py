@@ -1155,7 +1155,8 @@ class Play(Run):
     Logged of the step's answers: reward and reward_std; good, what the checks say whatever the reward was; kl to the
     reference in nats a token (k1, the mean of log p / p_ref), and kl_answer; entropy of a token (the mean of -log p);
     length, ended, distinct; flat, the share of groups whose rewards are all equal; of the updates: clip_fraction, the share
-    of tokens beyond the clip, and grad_norm; of the time: rollout_share, and generated tokens a second.
+    of tokens beyond the clip, and grad_norm; of the time: rollout_share (answers and their rewards), and generated_per_s,
+    tokens a second while answers are written.
     Healthy: reward and good rise together, kl grows slowly (to some tenths of a nat), entropy falls slowly and stays above
     zero, distinct stays; clip_fraction is some per cent. Reward up with good or distinct down is hacking: raise kl_coef.
     """
@@ -1172,6 +1173,7 @@ class Play(Run):
         self.reference.compute_dtype = self.model.compute_dtype
         self.actor = Transformer(self.model.config).to(self.ranks.device, self.model.compute_dtype)  # what it is, to write with
         self.worth = reward_function(o.reward, o.unended, self.ranks.device)
+        self.writing = math.inf  # seconds that the last answers took to write
         self.shown = ("reward", "good", "kl", "entropy", "length")
 
     def load_data(self, ranked: bool) -> None:
@@ -1213,8 +1215,10 @@ class Play(Run):
         def work(some):
             if not some:
                 return []
+            began = time.perf_counter()
             found = rollout(self.actor, self.tokenizer, [r["ids"] for r in some], temperature, seed_of(seed, self.ranks.rank),
                             o.max_new_tokens, samples)  # fmt: skip
+            self.writing = time.perf_counter() - began
             every = [r for r in some for _ in range(samples)]
             worth = self.worth(every, found)
             good = [bool(r["check"]) and all(grade(r["check"], a.text, a.ended).values()) for r, a in zip(every, found, strict=True)]
@@ -1280,7 +1284,7 @@ class Play(Run):
             updates += [self.update(picks.tolist()) for picks in np.array_split(order, min(o.minibatches, n))]
         stats |= {name: sum(u[name] for u in updates) / len(updates) for name in (updates[0] if updates else ())}
         tokens = sum(len(e.answer.ids) for e in episodes)
-        return stats | {"tokens": tokens, "rollout_share": played / (time.perf_counter() - began), "generated_per_s": tokens / played}
+        return stats | {"tokens": tokens, "rollout_share": played / (time.perf_counter() - began), "generated_per_s": tokens / self.writing}
 
     def remember(self, groups: list[list[Episode]]) -> dict:
         """The groups as items; the log p of policy (with values) and reference -> what they say of the KL."""
