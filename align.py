@@ -760,7 +760,7 @@ class PlayStage(Stage):
     out: str = option("out/grpo", "Checkpoint folder to write.")
     reward: tuple[str, ...] = option(("checks",), "checks, one of them, or a reward model's folder; NAME:WEIGHT, several times: a sum.")
     unended: float = option(1.0, "Taken off the reward of an answer that did not end by itself.")
-    max_steps: int | None = option(120, "Steps: each plays, then learns from what it saw.")
+    max_steps: int | None = option(80, "Steps: each plays, then learns from what it saw.")
     batch_size: int = option(32, "Prompts of a step, over all ranks.")
     samples: int = option(8, "Answers to each prompt: the group.")
     temperature: float = option(1.0, "Of the answers that it learns from.")
