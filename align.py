@@ -1153,7 +1153,8 @@ class Play(Run):
     (`nan_rewards`). Answers that do not end are cut at --max-new-tokens and pay --unended.
 
     Logged of the step's answers: reward and reward_std; good, what the checks say whatever the reward was; kl to the
-    reference in nats a token (k1, the mean of log p / p_ref), and kl_answer; entropy of a token (the mean of -log p);
+    reference in nats a token (k1, the mean of log p / p_ref), kl_answer, and entropy of a token (the mean of -log p), these
+    three of the groups that are learned from;
     length, ended, distinct; flat, the share of groups whose rewards are all equal; of the updates: clip_fraction, the share
     of tokens beyond the clip, and grad_norm; of the time: rollout_share (answers and their rewards), and generated_per_s,
     tokens a second while answers are written.
