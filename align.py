@@ -53,6 +53,7 @@ import torch.nn.functional as F
 import typer
 
 from model import (
+    Branches,
     Linear,
     Log,
     Stopping,
@@ -760,7 +761,7 @@ class PlayStage(Stage):
     out: str = option("out/grpo", "Checkpoint folder to write.")
     reward: tuple[str, ...] = option(("checks",), "checks, one of them, or a reward model's folder; NAME:WEIGHT, several times: a sum.")
     unended: float = option(1.0, "Taken off the reward of an answer that did not end by itself.")
-    max_steps: int | None = option(80, "Steps: each plays, then learns from what it saw.")
+    max_steps: int | None = option(120, "Steps: each plays, then learns from what it saw.")
     batch_size: int = option(32, "Prompts of a step, over all ranks.")
     samples: int = option(8, "Answers to each prompt: the group.")
     temperature: float = option(1.0, "Of the answers that it learns from.")
@@ -789,7 +790,8 @@ class PPOStage(PlayStage):
     out: str = option("out/ppo", "Checkpoint folder to write.")
     batch_size: int = option(64, "Prompts of a step, over all ranks.")
     samples: int = option(4, "Answers to each prompt.")
-    passes: int = option(2, "How often a step's answers are learned from.")
+    minibatches: int = option(4, "Updates of a pass.")
+    max_steps: int | None = option(150, "Steps: each plays, then learns from what it saw.")
     critic: str = option("shared", "shared: a head on the model's last layer; own: a model of its own, which begins as the same.")
     gamma: float = option(1.0, "Discount of a token's reward by the next token.")
     lam: float = option(0.95, "Lambda of the advantages (GAE).")
@@ -1173,6 +1175,7 @@ class Play(Run):
         self.kept["reference"] = seed_of(o.model, *fingerprint_of(self.reference))
         self.reference.compute_dtype = self.model.compute_dtype
         self.actor = Transformer(self.model.config).to(self.ranks.device, self.model.compute_dtype)  # what it is, to write with
+        self.cache = Branches(self.model.config, self.ranks.device, self.model.compute_dtype)
         self.worth = reward_function(o.reward, o.unended, self.ranks.device)
         self.writing = math.inf  # seconds that the last answers took to write
         self.shown = ("reward", "good", "kl", "entropy", "length")
@@ -1218,7 +1221,7 @@ class Play(Run):
                 return []
             began = time.perf_counter()
             found = rollout(self.actor, self.tokenizer, [r["ids"] for r in some], temperature, seed_of(seed, self.ranks.rank),
-                            o.max_new_tokens, samples)  # fmt: skip
+                            o.max_new_tokens, samples, cache=self.cache)  # fmt: skip
             self.writing = time.perf_counter() - began
             every = [r for r in some for _ in range(samples)]
             worth = self.worth(every, found)
@@ -1488,7 +1491,8 @@ class Answer(NamedTuple):
     ended: bool
 
 
-def rollout(model, tokenizer, prompts: list[list[int]], temperature=1.0, seed=0, max_new_tokens=None, samples=1, rows=256):
+def rollout(model, tokenizer, prompts: list[list[int]], temperature=1.0, seed=0, max_new_tokens=None, samples=1, rows=256,
+            cache=None):  # fmt: skip
     """`samples` Answers to each prompt, one after the other; each ends with the turn, with the text, or where the context is
     full."""
     rooms = [min(model.config.seq_len - len(p), max_new_tokens or math.inf) for p in prompts]
@@ -1497,7 +1501,7 @@ def rollout(model, tokenizer, prompts: list[list[int]], temperature=1.0, seed=0,
         raise UserError(f"A prompt of {longest} tokens leaves no room for an answer: the context has {model.config.seq_len}.")
     stop = {tokenizer.im_end_id, tokenizer.eot_id} - {None}
     pick = sharpen(temperature, tokenizer.n_vocab, seed, next(model.parameters()).device)
-    new = generate(model, prompts, rooms, pick, stop, samples, rows)
+    new = generate(model, prompts, rooms, pick, stop, samples, rows, cache)
     return [Answer(ids, tokenizer.decode(ids[: len(ids) - (ids[-1] in stop)]), ids[-1] in stop) for ids in new]
 
 

@@ -622,7 +622,9 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
-        y = attend(q, k, v, mask)  # (B, H, T, D)
+            y = cache.attend(self.layer, q, k, v, mask)
+        else:
+            y = attend(q, k, v, mask)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
@@ -782,7 +784,7 @@ class Transformer(nn.Module):
                 if S == T:
                     full[window] = "causal"
                     continue
-            k_pos = positions if cache is None else cache.positions[:, : cache.n]
+            k_pos = positions if cache is None else cache.seen()
             mask = visible(positions, k_pos, doc_ids, doc_ids, trunk_ids, causal=self.config.causal, window=window)
             if positions.dim() == 2:  # a row of padding sees nothing, and a softmax over nothing is NaN: let it see all
                 mask = mask | (positions < 0).unsqueeze(-1)
@@ -876,70 +878,41 @@ class Cache:
     """Keys and values of all layers, in slots that remember their positions.
 
     For up to `slots` tokens a sequence. A slot whose position is -1 (padding, or never written) is invisible, so prompts of
-    unequal length share a batch: pad on either side, give the pads position -1. All rows take the same next slots, unless
-    by_position: then a token stands in the slot of its position, each row grows at its own pace, and memory is taken
-    a block of slots at a time, which also keeps keys that are read together next to one another.
+    unequal length share a batch: pad on either side, give the pads position -1. All rows take the same next slots.
     """
 
-    BLOCK = 64
-
-    def __init__(self, config: Config, batch: int, slots: int, device=None, dtype=None, by_position: bool = False):
-        shape = (config.n_layer, batch, config.n_kv_head, 0 if by_position else slots, config.head_dim)
+    def __init__(self, config: Config, batch: int, slots: int, device=None, dtype=None):
+        shape = (config.n_layer, batch, config.n_kv_head, slots, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.positions = torch.full((batch, slots), -1, device=device)
-        self.by_position = by_position
         self.clear()
 
     def clear(self) -> None:
-        self.n, self.ragged = 0, self.by_position  # slots in use; does any row differ from 0, 1, 2 ...?
+        self.n, self.ragged = 0, False  # slots in use; does any row differ from 0, 1, 2 ...?
         self.positions.fill_(-1)
 
     def claim(self, positions) -> None:
         """Take the next T slots for tokens at these positions ((T,) or (B, T)); called once a forward pass."""
-        T, self.slots = positions.shape[-1], None
-        end = self.n + T
-        if self.by_position:  # (one token a row, or several that are consecutive in all)
-            end = int(positions.max()) + 1
-            self.slots = positions[:, 0] if positions.dim() > 1 else None
-        self.start = end - T
-        self.reach(end)
-        if self.slots is None:
-            self.positions[:, self.start : end] = positions
-        else:
-            self.positions.scatter_(1, positions, positions)
+        T, slots = positions.shape[-1], self.positions.shape[1]
+        if self.n + T > slots:
+            raise UserError(f"{self.n + T} tokens do not fit a cache of {slots}: ask for fewer.")
+        self.positions[:, self.n : self.n + T] = positions
         self.ragged |= positions.dim() > 1
-
-    def reach(self, end: int) -> None:
-        """Have slots up to `end` in use."""
-        if end > self.positions.shape[1]:
-            raise UserError(f"{end} tokens do not fit a cache of {self.positions.shape[1]}: ask for fewer.")
-        self.n = min(-(-end // self.BLOCK) * self.BLOCK, self.positions.shape[1]) if self.by_position else end
-        if (more := self.n - self.k.shape[3]) > 0:
-            self.k, self.v = (F.pad(x, (0, 0, 0, more)) for x in (self.k, self.v))
+        self.n += T
 
     def update(self, layer: int, k, v):
         """Write one layer's keys and values (B, K, T, D) into the claimed slots; all so far (B, K, S, D)."""
-        K, V = self.k[layer], self.v[layer]
-        if self.slots is None:
-            end = self.start + k.shape[2]
-            K[:, :, self.start : end], V[:, :, self.start : end] = k, v
-        else:
-            rows = torch.arange(len(self.slots), device=k.device)
-            K[rows, :, self.slots], V[rows, :, self.slots] = k[:, :, 0], v[:, :, 0]
-        return K[:, :, : self.n], V[:, :, : self.n]
+        start = self.n - k.shape[2]
+        self.k[layer, :, :, start : self.n], self.v[layer, :, :, start : self.n] = k, v
+        return self.k[layer, :, :, : self.n], self.v[layer, :, :, : self.n]
 
-    def copy(self, source: Cache, rows, to) -> None:
-        """These rows of another cache (or of this one) become the rows `to`; what stood there is overwritten or, being at
-        later positions, seen by none."""
-        self.reach(max(self.n, source.n))
-        for mine, others in ((self.k, source.k), (self.v, source.v)):
-            mine[:, to, :, : source.n] = others[:, rows, :, : source.n]
-        self.positions[to, : source.n] = source.positions[rows, : source.n]
+    def seen(self):
+        """The positions of the keys that `attend` is given: (B, S)."""
+        return self.positions[:, : self.n]
 
-    def cut(self, rows: int) -> None:
-        """Go on with the first rows only."""
-        self.k, self.v, self.positions = self.k[:, :rows], self.v[:, :rows], self.positions[:rows]
+    def attend(self, layer: int, q, k, v, mask):
+        return attend(q, k, v, mask)
 
     def rewind(self, n: int) -> None:
         """Forget all but the first n slots (a rejected draft, a turn taken back)."""
@@ -951,14 +924,125 @@ class Cache:
         return self.k.nbytes + self.v.nbytes
 
 
+class Branches(Cache):
+    """For texts that go on from prompts, a token at a time. A prompt's keys and values stand in a trunk, and are read, once for
+    all texts that go on from it: a copy for each is most of what decoding would read (Hydragen: Juravsky et al. 2024,
+    2402.05099). Behind it each text has slots of its own, at its own pace, which come in use a block at a time: keys that are
+    read together stand together. R texts, P trunks of up to U tokens.
+    """
+
+    BLOCK = 32
+
+    def __init__(self, config: Config, device=None, dtype=None):
+        self.config, self.memory, self.ragged = config, torch.empty(0, device=device, dtype=dtype), True
+
+    def begin(self, rows: int, slots: int, trunks: int, longest: int) -> None:
+        """Empty, for so many texts of so many tokens, behind so many prompts; in the memory of before, where that is enough:
+        on a CPU new memory costs as much as a fifth of the decoding."""
+        c, self.limit = self.config, slots
+        sizes = [2 * c.n_layer * c.n_kv_head * c.head_dim * n for n in (trunks * longest, rows * slots)]
+        if len(self.memory) < sum(sizes):
+            self.memory = self.memory.new_empty(sum(sizes))
+        self.trunk_memory, self.own_memory = self.memory[: sum(sizes)].split(sizes)
+        self.trunk_k, self.trunk_v = self.lay(self.trunk_memory, trunks, longest)
+        self.k, self.v = self.lay(self.own_memory, rows, 0)
+        self.n, self.positions = 0, torch.full((rows, slots), -1, device=self.memory.device)
+
+    def lay(self, memory, rows: int, slots: int):
+        """k and v, (L, rows, K, slots, D), all zero: what the mask hides must be a number all the same."""
+        shape = (2, self.config.n_layer, rows, self.config.n_kv_head, slots, self.config.head_dim)
+        return memory[: math.prod(shape)].view(shape).zero_()
+
+    def plant(self, prompts: Cache, trunks: list[int]) -> None:
+        """Prompts that have been read become these trunks."""
+        for trunk, read in ((self.trunk_k, prompts.k), (self.trunk_v, prompts.v)):
+            trunk[:, trunks, :, : prompts.n] = read
+
+    def seat(self, trunks: list[int | None], starts: list[int]) -> None:
+        """Which trunk each text goes on from (None: the row is idle), and at what position: the trunk's length."""
+        (_, P, K, U, _), device = self.trunk_k.shape, self.trunk_k.device
+        groups = [[r for r, t in enumerate(trunks) if t == trunk] for trunk in range(P)]
+        n = max(1, *map(len, groups))
+        at = {r: t * K * n + i for t, group in enumerate(groups) for i, r in enumerate(group)}
+        heads = torch.arange(K, device=device)
+        seats = torch.tensor([group + [0] * (n - len(group)) for group in groups], device=device)
+        self.seats = seats[:, None] * K + heads[:, None]  # (P, K, n): the queries, of (text, head), that ask a trunk's head
+        self.place = torch.tensor([at.get(r, 0) for r in range(len(trunks))], device=device)[:, None] + heads * n  # (R, K): their seats
+        self.starts = torch.tensor(starts, device=device)[:, None]
+        slots = torch.arange(U, device=device).expand(len(starts), U)
+        self.before = slots.masked_fill(slots >= self.starts, -1)  # (R, U) positions
+
+    def claim(self, positions) -> None:
+        """positions (R, 1): one token for each text, in the slot so far behind the text's start."""
+        slots = positions - self.starts
+        if (end := int(slots.max()) + 1) > self.limit:
+            raise UserError(f"{end} tokens do not fit a cache of {self.limit}: ask for fewer.")
+        if end > self.n:
+            old, had, self.n = (self.k.clone(), self.v.clone()), self.n, min(-(-end // self.BLOCK) * self.BLOCK, self.limit)
+            self.k, self.v = self.lay(self.own_memory, len(positions), self.n)
+            self.k[..., :had, :], self.v[..., :had, :] = old
+        self.rows, self.slots = torch.arange(len(slots), device=slots.device), slots[:, 0]
+        self.positions.scatter_(1, slots, positions)
+
+    def update(self, layer: int, k, v):
+        self.k[layer][self.rows, :, self.slots], self.v[layer][self.rows, :, self.slots] = k[:, :, 0], v[:, :, 0]
+        return self.k[layer], self.v[layer]
+
+    def seen(self):  # (R, U + S)
+        return torch.cat((self.before, self.positions[:, : self.n]), -1)
+
+    def attend(self, layer: int, q, k, v, mask):
+        """`attend` for one token a text: q (R, H, 1, D), its own k and v (R, K, S, D), mask (R, 1, U + S)."""
+        (R, H, _, D), (P, K, U, _), n = q.shape, self.trunk_k[layer].shape, self.seats.shape[-1]
+        G, S = H // K, k.shape[2]
+
+        def seated(x):  # (R*K, G, E) -> (P*K, n*G, E)
+            return x.flatten(1)[self.seats.flatten()].view(P * K, n * G, -1)
+
+        def back(x):  # (P*K, n*G, E) -> (R*K, G, E)
+            return x.view(P * K * n, -1)[self.place.flatten()].view(R * K, G, -1)
+
+        q = (q * D**-0.5).reshape(R * K, G, D)
+        shared = torch.bmm(seated(q), self.trunk_k[layer].reshape(P * K, U, D).transpose(1, 2))
+        own = torch.bmm(q, k.reshape(R * K, S, D).transpose(1, 2))
+        scores = torch.cat((back(shared), own), -1)
+        scores.view(R, H, U + S).masked_fill_(~mask, -torch.inf)
+        p_shared, p_own = (p.contiguous() for p in scores.softmax(-1).split((U, S), -1))
+        shared = torch.bmm(seated(p_shared), self.trunk_v[layer].reshape(P * K, U, D))
+        return (torch.bmm(p_own, v.reshape(R * K, S, D)) + back(shared)).view(R, H, 1, D)
+
+    def cut(self, rows: list[int], trunks: list[int]) -> None:
+        """Go on with these only; they become the first ones (`closing`). Then they have to be seated anew."""
+        moved, holes = closing(rows)
+        for x in (self.k, self.v):
+            x[:, holes] = x[:, moved]
+        self.positions[holes] = self.positions[moved]
+        self.k, self.v, self.positions = self.k[:, : len(rows)], self.v[:, : len(rows)], self.positions[: len(rows)]
+        moved, holes = closing(trunks)
+        for x in (self.trunk_k, self.trunk_v):
+            x[:, holes] = x[:, moved]
+        self.trunk_k, self.trunk_v = self.trunk_k[:, : len(trunks)], self.trunk_v[:, : len(trunks)]
+
+
+def closing(keep: list[int]) -> tuple[list[int], list[int]]:
+    """To have these rows first: which to move, and where to.
+
+    >>> closing([0, 3, 4])
+    ([3, 4], [1, 2])
+    """
+    return [r for r in keep if r >= len(keep)], [r for r in range(len(keep)) if r not in keep]
+
+
 @torch.inference_mode()
-def generate(model, prompts: list[list[int]], max_new_tokens, pick: Callable | None = None, eos_id=(), samples: int = 1, rows=None):
+def generate(model, prompts: list[list[int]], max_new_tokens, pick: Callable | None = None, eos_id=(), samples: int = 1, rows=None,
+             cache: Branches | None = None):  # fmt: skip
     """Continue each prompt: batched, cached. -> the new ids of each, up to and with eos_id (one, or several).
 
     max_new_tokens: of all, or a list with each prompt's. pick: logits (B, V) -> ids (B,), greedy by default; sample.py has
     the others. samples: so many continuations of each prompt, one after the other in the result; it is read once for all.
     rows: the most texts at once; as some end, waiting prompts take their places (continuous batching: Yu et al. 2022,
-    Orca), the longest first: prompts that are read together are then about as long.
+    Orca), the longest first: prompts that are read together are then about as long. cache: to work in, of a caller that
+    generates again and again.
     """
     model.eval()
     if not prompts or not all(prompts):
@@ -968,8 +1052,16 @@ def generate(model, prompts: list[list[int]], max_new_tokens, pick: Callable | N
     limit = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     out, waiting = [[] for _ in range(len(prompts) * samples)], sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     rows = max(samples, min(rows or len(out), len(out)))
-    cache = Cache(model.config, rows, max(len(p) + n for p, n in zip(prompts, limit, strict=True)), device, dtype, by_position=True)
+    trunks = min(samples, 2) * rows // samples  # room for prompts of which only some texts still go on
+    cache = cache or Branches(model.config, device, dtype)
+    cache.begin(rows, max(limit), trunks, max(map(len, prompts)))
     owner: list = [None] * rows  # the text of each row
+    home: dict[int, int] = {}  # the trunk of each prompt
+
+    def seat():  # -> where each row's own slots begin
+        starts = [0 if i is None else len(prompts[i // samples]) for i in owner]
+        cache.seat([None if i is None else home[i // samples] for i in owner], starts)
+        return starts
 
     def put(tokens, places):  # write the tokens down; rows whose text ends with them are free
         for token, r in zip(tokens.tolist(), places, strict=True):
@@ -980,31 +1072,37 @@ def generate(model, prompts: list[list[int]], max_new_tokens, pick: Callable | N
 
     while True:
         free = [r for r in range(rows) if owner[r] is None]
-        if waiting and len(free) >= max(samples, rows // 8):
-            take = waiting[: len(free) // samples]
-            take = [i for i in take if len(prompts[i]) > 0.75 * len(prompts[take[0]]) - 8]  # alike: padding is read as well
+        home = {p: home[p] for p in {i // samples for i in owner if i is not None}}
+        spare = [t for t in range(trunks) if t not in home.values()]
+        if waiting and spare and len(free) >= max(samples, rows // 8):
+            take = waiting[: min(len(free) // samples, len(spare))]
+            take = [p for p in take if len(prompts[p]) > 0.75 * len(prompts[take[0]]) - 8]  # alike: padding is read as well
             waiting = waiting[len(take) :]
-            logits, new = prefill(model, [prompts[i] for i in take], dtype)
-            every, places = [j for j in range(len(take)) for _ in range(samples)], free[: len(take) * samples]
-            cache.copy(new, every, places)
+            logits, read = prefill(model, [prompts[p] for p in take], dtype)
+            home |= zip(take, spare, strict=False)
+            places = free[: len(take) * samples]
             for n, r in enumerate(places):
                 owner[r] = take[n // samples] * samples + n % samples
-            put(pick(logits[every]), places)
+            cache.plant(read, spare[: len(take)])
+            cache.positions[places] = -1
+            starts = seat()
+            put(pick(logits.repeat_interleave(samples, 0)), places)
         elif len(free) == rows:
             return out
         else:
             if not waiting and len(free) >= rows / 8:  # rows that have ended cost as much as the others: let them go
-                rows -= len(free)
-                holes, moved = [r for r in free if r < rows], [r for r in range(rows, len(owner)) if owner[r] is not None]
-                cache.copy(cache, moved, holes)
-                for hole, r in zip(holes, moved, strict=True):
+                keep = [r for r in range(rows) if owner[r] is not None], sorted(home.values())
+                cache.cut(*keep)
+                for r, hole in zip(*closing(keep[0]), strict=True):
                     owner[hole] = owner[r]
+                moved = dict(zip(*closing(keep[1]), strict=True))
+                home = {p: moved.get(t, t) for p, t in home.items()}
+                rows, trunks = map(len, keep)
                 owner = owner[:rows]
-                cache.cut(rows)
+                starts = seat()
             ids = [[0] if i is None else out[i][-1:] for i in owner]
-            ends = [0 if i is None else len(prompts[i // samples]) + len(out[i]) - 1 for i in owner]
-            positions = torch.tensor([[n] for n in ends] if min(ends) < max(ends) else ends[:1], device=device)
-            logits, _ = model(torch.tensor(ids, device=device), positions=positions, cache=cache, output="last")
+            ends = [[starts[r] if i is None else starts[r] + len(out[i]) - 1] for r, i in enumerate(owner)]
+            logits, _ = model(torch.tensor(ids, device=device), positions=torch.tensor(ends, device=device), cache=cache, output="last")
             put(pick(logits[:, -1].float()), range(rows))
 
 

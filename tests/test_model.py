@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import model as octavo
-from model import IGNORE, PRESETS, Cache, Config, Transformer, UserError, generate
+from model import IGNORE, PRESETS, Branches, Cache, Config, Transformer, UserError, generate
 
 ROOT = Path(octavo.__file__).parent
 TINY = Config(vocab_size=64, seq_len=32, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, ffn_dim=48)
@@ -556,7 +556,7 @@ def test_generate_is_the_plain_loop(window):
 @pytest.mark.parametrize("rows", [1, 3, 8, None])
 def test_waiting_prompts_take_the_places_of_ended_texts(window, rows, monkeypatch):
     """Any number of rows, samples and limits of their own: the same texts as one by one."""
-    monkeypatch.setattr(Cache, "BLOCK", 4)  # the cache grows as they go on
+    monkeypatch.setattr(Branches, "BLOCK", 4)  # the cache grows as they go on
     net = make(window=window)
     prompts = [ids(1 + n % 7, seed=n).tolist() for n in range(11)]
     limits = [3 + 5 * n % 9 for n in range(11)]
@@ -584,21 +584,56 @@ def test_generate_takes_a_picker_and_refuses_an_empty_prompt():
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, loose", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_rows_at_their_own_pace(window, dtype, loose):
-    """Each token in the slot of its position, blocks of slots as they are needed: the logits of a row by itself."""
-    net, x = make(window=window).to(dtype), ids(3, 25)
-    cache, lengths = Cache(net.config, 3, 30, dtype=dtype, by_position=True), [4, 9, 1]
-    cache.BLOCK = 8
-    for row, n in enumerate(lengths):
-        alone = Cache(net.config, 1, n, dtype=dtype)
-        net(x[row : row + 1, :n], cache=alone)
-        cache.copy(alone, [0], [row])
-    for step in range(15):
-        at = [[n + step] for n in lengths]
-        got = net(torch.stack([x[row, i] for row, i in enumerate(at)]), positions=torch.tensor(at), cache=cache)[0]
-        assert cache.k.shape[3] == cache.n == min(30, -(-(max(lengths) + step + 1) // 8) * 8)
-        for row, (i,) in enumerate(at):
-            torch.testing.assert_close(got[row, 0], net(x[row : row + 1, : i + 1])[0][0, -1], rtol=loose, atol=loose)
+def test_branches(window, dtype, loose):
+    """Texts at their own pace behind two prompts, whose keys stand once; blocks of slots as they are needed; some texts
+    end on the way: the logits of a text by itself."""
+    net = make(window=window).to(dtype)
+    prompts, texts, of = [ids(1, 9, seed=1), ids(1, 4, seed=2)], ids(5, 12, seed=3), [1, 0, None, 1, 1]
+    cache = Branches(net.config, dtype=dtype)
+    cache.BLOCK = 5
+    for _ in range(2):  # again in the memory of before, with what stood there
+        cache.begin(5, 12, trunks=3, longest=9)
+        starts = [0 if t is None else prompts[t].shape[1] for t in of]
+        rows = list(range(5))
+        for t, prompt in enumerate(prompts):
+            read = Cache(net.config, 1, prompt.shape[1], dtype=dtype)
+            net(prompt, cache=read)
+            cache.plant(read, [t])
+        cache.seat(of, starts)
+        for step in range(12):
+            if step == 7:  # only the fourth and the fifth text go on, from the second prompt
+                cache.cut([3, 4], [1])
+                rows = [3, 4]
+                cache.seat([0, 0], [4, 4])
+            pace = [step if row != 4 else step // 2 for row in rows]
+            at = torch.tensor([[starts[row] + n * (of[row] is not None)] for row, n in zip(rows, pace, strict=True)])
+            got = net(torch.stack([texts[row, n : n + 1] for row, n in zip(rows, pace, strict=True)]), positions=at, cache=cache)[0]
+            assert cache.k.shape[3] == cache.n == min(12, -(-(step + 1) // 5) * 5)
+            for i, (row, n) in enumerate(zip(rows, pace, strict=True)):
+                if of[row] is not None:
+                    text = torch.cat((prompts[of[row]], texts[row : row + 1, : n + 1]), 1)
+                    torch.testing.assert_close(got[i, 0], net(text)[0][0, -1], rtol=loose, atol=loose)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [None, 5, 8])
+def test_samples_of_several_prompts(rows):
+    """Samples that differ, each as if it had been alone, however many stand in memory at once and whichever ends first."""
+    net, prompts = make(), [ids(1, n, seed=n)[0].tolist() for n in (3, 17, 9, 5)]
+    drawn = []
+
+    def pick(logits):  # one of the best two
+        best, second = logits.topk(2).indices.T
+        drawn.append(len(logits))
+        return torch.where(torch.rand(len(logits), generator=generator) < 0.5, best, second)
+
+    generator = torch.Generator().manual_seed(0)
+    texts = generate(net, prompts, [20, 7, 20, 12], pick, eos_id=list(range(0, 64, 7)), samples=3, rows=rows)
+    assert len({tuple(t) for t in texts}) > 8 and len(drawn) < sum(map(len, texts)) / 2
+    for i, text in enumerate(texts):
+        logits = net(torch.tensor([prompts[i // 3] + text]))[0][0, len(prompts[i // 3]) - 1 : -1]
+        assert all(token in logits[n].topk(2).indices for n, token in enumerate(text))
+        assert len(text) == [20, 7, 20, 12][i // 3] or text[-1] % 7 == 0
 
 
 @torch.no_grad()
