@@ -781,8 +781,8 @@ class GRPOStage(PlayStage):
     clip_high: float | None = option(None, "The bound above, where it is not --clip (DAPO: 0.28).")
     scale: str = option("std", "Advantages: std (divided by the group's deviation), or none (Dr. GRPO).")
     normalize: str = option("token", "Mean of tokens: token (DAPO), sequence (then of answers: GRPO), constant (sums: Dr. GRPO).")
-    kl_coef: float = option(0.02, "Weight of the KL to the reference in the loss; 0: none.")
-    keep_flat: bool = option(False, "Keep groups without variance in the batch; DAPO drops them.")
+    kl_coef: float = option(0.02, "Weight of the KL to the reference in the loss; 0: none (DAPO, Dr. GRPO).")
+    keep_flat: bool = option(False, "Keep groups without variance in the batch; DAPO drops them, and draws others until it is full.")
 
 
 @dataclass
@@ -798,7 +798,7 @@ class PPOStage(PlayStage):
     value_coef: float = option(0.1, "Weight of the critic's loss.")
     value_clip: float = option(0.2, "How far an update may move a value.")
     entropy_coef: float = option(0.0, "Weight of the entropy in the objective.")
-    kl_coef: float = option(0.02, "Taken off each token's reward, times log(p / p_ref).")
+    kl_coef: float = option(0.005, "Taken off each token's reward, times log(p / p_ref).")
     kl_target: float = option(0.0, "Adapt --kl-coef so that an answer's KL becomes so many nats; 0: fixed.")
 
 
@@ -813,6 +813,8 @@ class Run:
         base, self.out = find_checkpoint(resume if resume and not o.lora_rank else o.model), Path(o.out)
         self.tokenizer_file, self.tokenizer = base / "tokenizer.json", load_tokenizer(base)
         self.model = load_model(base, self.ranks.device)
+        if head == "lm" and self.model.config.head == "score":
+            raise UserError(f"{base} is a reward model: it gives scores, not answers.")
         if head != self.model.config.head:
             self.model = with_head(self.model, head)
         self.model.float().compute_dtype = pick_dtype(o.dtype, self.ranks.device)
@@ -869,7 +871,7 @@ class Run:
             for name, p in self.model.named_parameters():
                 if p.requires_grad and (self.o.lora_rank or name.startswith("critic.")):
                     tensors[f"weights/{name}"] = p.detach().cpu()
-            state = {"at": self.at, "skipped": self.skipped, "finished": finished, "data": self.fingerprint,
+            state = {"stage": type(self.o).__name__, "at": self.at, "skipped": self.skipped, "finished": finished, "data": self.fingerprint,
                      "base": self.base, "counts": self.counts, "options": dataclasses.asdict(self.o), **self.kept}  # fmt: skip
             save_checkpoint(self.out, self.model, self.tokenizer_file, state=(tensors, state), metrics=self.log.text(),
                             weights=merged(self.model))  # fmt: skip
@@ -939,7 +941,7 @@ class Run:
             self.bad, self.skipped = self.bad + 1, self.skipped + 1
             self.log.say(f"step {self.at + 1}: the loss or the gradient is not finite; the update is skipped ({self.skipped} so far).")
             if self.bad >= 5:
-                raise UserError(f"The loss was not finite in {self.bad} steps running: stopped. {self.out} is whole; try a lower --lr.")
+                raise UserError(f"The loss was not finite in {self.bad} updates running: stopped. {self.out} is whole; try a lower --lr.")
         self.optimizer.zero_grad()
         return stats | {"grad_norm": norm}
 
@@ -1177,6 +1179,9 @@ class Play(Run):
         self.actor = Transformer(self.model.config).to(self.ranks.device, self.model.compute_dtype)  # what it is, to write with
         self.cache = Branches(self.model.config, self.ranks.device, self.model.compute_dtype)
         self.worth = reward_function(o.reward, o.unended, self.ranks.device)
+        if resume and self.worth.judges != self.state.get("judges", self.worth.judges):
+            raise UserError(f"{', '.join(o.reward)} is not what {resume} was rewarded by: restore it to resume.")
+        self.kept["judges"] = self.worth.judges
         self.writing = math.inf  # seconds that the last answers took to write
         self.shown = ("reward", "good", "kl", "entropy", "length")
 
@@ -1197,7 +1202,9 @@ class Play(Run):
         self.prompts = list(read(o.data))
         if not self.prompts:
             raise UserError(f"There is nothing to answer in {', '.join(o.data)} ({describe(self.counts)}).")
-        self.val = self.val or self.prompts[:200]
+        if not self.val:
+            n = min(200, max(1, len(self.prompts) // 20))
+            self.val, self.prompts = self.prompts[:n], self.prompts[n:] or self.prompts
         say(f"{', '.join(o.data)}: {describe(self.counts)}")
         self.fingerprint = [seed_of(Path(p).read_bytes()) for p in (*o.data, *([val] if val else []))]
 
@@ -1237,7 +1244,7 @@ class Play(Run):
         hidden = model(batch.x, at=batch.at, output="hidden", **batch.place)[0] / self.o.temperature  # (N, C)
         logp = -token_losses(hidden, model.lm_head, batch.targets, model.config.vocab_size)
         entropy, values, critic = torch.zeros_like(logp), torch.zeros_like(logp), getattr(model, "critic", None)
-        if getattr(self.o, "entropy_coef", 0):
+        if getattr(self.o, "entropy_coef", 0) and torch.is_grad_enabled():
             every = model.lm_head(hidden).float().log_softmax(-1)
             entropy = -(every.exp() * every).sum(-1)
         if isinstance(critic, nn.Linear):
@@ -1276,7 +1283,7 @@ class Play(Run):
         finite = [e for e in episodes if math.isfinite(e.reward)]
         rewards = [e.reward for e in finite] or [math.nan]
         stats = {"reward": float(np.mean(rewards)), "reward_std": float(np.std(rewards)), **summary(episodes),
-                 "flat": sum(len({e.reward for e in group}) == 1 for group in groups) / len(groups)}  # fmt: skip
+                 "flat": sum(map(is_flat, groups)) / len(groups)}  # fmt: skip
         if len(finite) < len(episodes):
             stats["nan_rewards"] = bad = len(episodes) - len(finite)
             self.log.say(f"step {self.at + 1}: {bad} of {len(episodes)} rewards are no number; these answers are left out.")
@@ -1306,7 +1313,15 @@ class Play(Run):
     def judge(self) -> dict:
         groups = self.answers_to(self.val, 1, JUDGED_AT, seed_of(self.o.seed, "val"))
         episodes = [group[0] for group in groups]
-        return {"reward": float(np.mean([e.reward for e in episodes])), **summary(episodes)}
+        found = [e.reward for e in episodes if math.isfinite(e.reward)]
+        nan = {"nan_rewards": len(episodes) - len(found)} if len(found) < len(episodes) else {}
+        return {"reward": float(np.mean(found or [math.nan])), **summary(episodes), **nan}
+
+
+def is_flat(group: list[Episode]) -> bool:
+    """Are all rewards equal? (A reward model's, of equal answers, differ in the last digits: their rows are others.)"""
+    rewards = [e.reward for e in group]
+    return max(rewards) - min(rewards) < 1e-4
 
 
 def summary(episodes: list[Episode]) -> dict:
@@ -1316,26 +1331,29 @@ def summary(episodes: list[Episode]) -> dict:
 
 
 def fingerprint_of(model) -> list[float]:
-    return [round(p.detach().double().sum().item(), 6) for p in model.parameters()]
+    return [round(p.detach().cpu().double().sum().item(), 6) for p in model.parameters()]
 
 
 def grpo_run(o: GRPOStage, resume: str | None = None) -> Play:
     """An answer's advantage is its reward beside the group's (`group_advantages`), the same for all its tokens: no critic.
     Loss: `clipped_loss` and kl_coef times `kl_estimate`, over tokens or answers as --normalize says.
 
-    The loss begins at zero and stays near it: with r = 1 it is minus the mean advantage, which is nothing in each group by
-    construction (of equal lengths, or over sequences). Its gradient is not zero. Watch the reward, not the loss.
+    With --normalize sequence the loss begins at zero: at r = 1 an answer's is minus its advantage, and a group's advantages
+    add up to nothing. By token longer answers count for more, so it begins above zero where the worse ones are the longer.
+    Either way its gradient is what learns: watch the reward, not the loss. Logged besides: kl_loss, the estimate that is paid for.
     """
     if o.scale not in ("std", "none") or o.normalize not in ("token", "sequence", "constant"):
         raise UserError("--scale is std or none; --normalize is token, sequence or constant.")
     if o.samples < 2:
         raise UserError("--samples has to be at least 2: an answer is judged beside the others to its prompt.")
+    if o.kl_coef < 0 or (o.clip_high is not None and o.clip_high <= 0):
+        raise UserError("--kl-coef cannot be below 0, and --clip-high has to be above it.")
     run = Play(o, resume)
     run.names = ["clip_fraction", "kl_loss", "loss"]
     run.unit = answer_tokens if o.normalize == "token" else len
 
     def credit(groups):
-        groups = [g for g in groups if len(g) > 1 and (o.keep_flat or len({e.reward for e in g}) > 1)]
+        groups = [g for g in groups if len(g) > 1 and (o.keep_flat or not is_flat(g))]
         run.advantages = []  # of each group's tokens
         for group in groups:
             advantages = group_advantages(torch.tensor([e.reward for e in group]), o.scale == "std")
@@ -1367,22 +1385,32 @@ def beyond_clip(log_ratio, advantages, o) -> torch.Tensor:
 
 def ppo_run(o: PPOStage, resume: str | None = None) -> Play:
     """Policy and critic. A token's reward is -kl_coef log(p / p_ref), the last one's the answer's reward besides (1909.08593,
-    section 2.1); GAE over them; `clipped_loss` on the whitened advantages, `value_loss` on advantage + old value.
+    eq. 2); GAE over them; `clipped_loss` on the whitened advantages, `value_loss` on advantage + old value.
 
-    Details that decide whether it works (numbers: Huang et al. 2024, 2403.17031; 2022, "37 implementation details"):
-      critic begins at zero, so that the first advantages are the rewards           (its head: 2403.17031, detail 11)
-      advantages are whitened over the step's tokens, not the minibatch's           (2403.17031, detail 17)
-      values are of what went before a token, and only the answer's tokens count    (detail 9)
-      an answer without an end is made to pay (--unended)                           (detail 12)
-      rewards are not divided by a running deviation; the checks' lie between 0 and 1
+    Details that decide whether it works; the numbers are those of the list for policy training in Huang, Liu & von Werra 2023
+    ("The N Implementation Details of RLHF with PPO", which took OpenAI's code of 1909.08593 apart):
+      1   log p is taken at the temperature that the answers were drawn with                          `Play.read`
+      2   the critic begins at zero, so that the first advantages are the rewards                     `PPO.attach`
+      4   no dropout: the ratio of a policy to itself is 1
+      5   an answer that does not end pays; there with a reward of -1 in place of its own             `--unended`
+      6   rewards are not discounted                                                                  `--gamma`
+      7   a step's answers are shuffled and learned from in minibatches, `passes` times; one pass of
+          four learns as much a minute here as two of two                                             `Play.step`
+      8   the KL is paid token by token, as a reward                                                  `credit`
+      9   advantages are whitened; there each minibatch's by themselves, here the step's, so that a
+          minibatch's mean is not lost. Rewards are not: the checks' lie between 0 and 1              `credit`
+      10  a value is held back like a ratio                                                           `value_loss`
+      11  the KL's price can adapt to a target                                                        `adapted`
 
     Logged besides: explained_variance of the returns by the critic (near 0 at first, then up; below 0 it harms: lower
-    --lr or raise --value-coef), value_loss, kl_coef.
+    --lr or raise --value-coef), policy_loss and value_loss, which add up to loss, kl_coef.
     """
     if o.critic not in ("shared", "own"):
         raise UserError("--critic is shared or own.")
     if min(o.kl_coef, o.kl_target, o.value_coef, o.entropy_coef) < 0 or o.value_clip <= 0 or not (0 <= o.gamma <= 1 and 0 <= o.lam <= 1):
         raise UserError("--gamma and --lam lie between 0 and 1, --value-clip above 0, and no coefficient below 0.")
+    if o.kl_target and not o.kl_coef:
+        raise UserError("--kl-target needs a --kl-coef above 0 to begin with: it is multiplied.")
     run = PPO(o, resume)
     run.names = ["clip_fraction", "loss", "policy_loss", "value_loss"]
     run.unit = answer_tokens
@@ -1443,8 +1471,9 @@ def reward_function(specs: tuple[str, ...], unended: float, device) -> Callable[
     """
     parts = []
     for spec in specs:
-        name, _, weight = spec.rpartition(":") if re.fullmatch(r".+:-?[\d.]+", spec) else (spec, "", "1")
+        name, weight = re.fullmatch(r"(.+?)(?::(-?\d*\.?\d+(?:e-?\d+)?))?", spec).groups("1")
         parts.append((name if name == "checks" or name in CHECKS else open_judge(name, device), float(weight)))
+    judges = [part.fingerprint for part, _ in parts if callable(part)]
 
     def worth(records, answers):
         total = [-unended * (not a.ended) for a in answers]
@@ -1461,6 +1490,7 @@ def reward_function(specs: tuple[str, ...], unended: float, device) -> Callable[
             total = [t + weight * f for t, f in zip(total, found, strict=True)]
         return total
 
+    worth.judges = judges
     return worth
 
 
@@ -1532,6 +1562,9 @@ def load_prompts(path: str, limit: int | None, tasks=None, seed: int = 0) -> lis
             prompt = read_prompt(record)
         if not prompt:
             raise ValueError("nothing is asked in it")
+        check = record.get("check")
+        if check is not None and not (isinstance(check, dict) and {"task", "before", "after", "shown", "name", "params"} <= check.keys()):
+            raise ValueError("its 'check' is not of the kind that `python align.py data` writes")
         return {"prompt": prompt, **{key: record.get(key) for key in ("task", "check", "held_out")}}
 
     records = [r for r in read_lines(path, read) if not tasks or r["task"] in tasks]
@@ -1640,7 +1673,7 @@ def answer_all(folder, records, temperature, seed, device, max_new_tokens=None, 
 
 
 def open_judge(folder, device) -> Callable[[list[list[dict]]], list[float]]:
-    """A reward model: conversations -> scores, each read with its own tokenizer."""
+    """A reward model: conversations -> scores, each read with its own tokenizer; NaN where one is longer than its context."""
     model, tokenizer = load_model(folder, device), load_tokenizer(folder)
     if model.config.head != "score":
         raise UserError(f"{folder} is no reward model: `python align.py reward` trains one.")
@@ -1650,10 +1683,12 @@ def open_judge(folder, device) -> Callable[[list[list[dict]]], list[float]]:
     def score(conversations):
         examples, scores = [Example(*render(tokenizer, c)) for c in conversations], []
         for i in range(0, len(examples), 64):
-            cut = [[Example(e.ids[:T], e.trained[:T])] for e in examples[i : i + 64]]
-            scores += rewards(model, collate(cut, T, device)).tolist()
+            fit = [[e] for e in examples[i : i + 64] if len(e.ids) <= T]
+            found = iter(rewards(model, collate(fit, T, device)).tolist() if fit else ())
+            scores += [next(found) if len(e.ids) <= T else math.nan for e in examples[i : i + 64]]
         return scores
 
+    score.fingerprint = seed_of(str(folder), *fingerprint_of(model))
     return score
 
 
@@ -1689,7 +1724,10 @@ def vote(record: dict, answers: list[Answer]) -> int:
     forms = []
     for a in answers:
         tree = parse(record["check"]["before"] + a.text + record["check"]["after"]) if record["check"] else None
-        forms.append(ast.dump(tree) if tree and a.ended else a.text.strip())
+        try:
+            forms.append(ast.dump(tree) if tree and a.ended else a.text.strip())
+        except RecursionError:  # deeper than ast.dump goes
+            forms.append(a.text.strip())
     return forms.index(Counter(forms).most_common(1)[0][0])
 
 
@@ -1706,7 +1744,7 @@ def more_answers(folder, records, samples, reward, temperature, seed, device) ->
     picked = {f"good: vote of {samples}": [g[vote(r, some)] for r, some, g in zip(records, groups, good, strict=True)]}
     if reward:
         talks = [[*r["prompt"], {"role": "assistant", "content": a.text}] for r, g in zip(records, groups, strict=True) for a in g]
-        scores = np.reshape(open_judge(reward, device)(talks), (-1, samples))
+        scores = np.nan_to_num(np.reshape(open_judge(reward, device)(talks), (-1, samples)), nan=-np.inf)
         picked[f"good: best of {samples} by the reward model"] = [g[i] for g, i in zip(good, scores.argmax(1).tolist(), strict=True)]
     return result | {name: (sum(p) / len(p), *wilson(sum(p), len(p)), len(p)) for name, p in picked.items()}
 
@@ -1727,7 +1765,9 @@ def cut_plain(record: dict, answer: Answer) -> Answer:
 
 def assess(folder, records, against=None, reward=None, temperature=JUDGED_AT, seed=0, text=None, device=None, samples=1) -> dict:
     """Everything that `evaluate` prints: {name: (value, low, high, n)}."""
-    device, result = device or pick_device(), {}
+    device, result, some = device or pick_device(), {}, [r for r in records if r["check"] and not r["held_out"]]
+    if samples > 1 and not some:
+        raise UserError("--samples needs prompts that carry checks, as `python align.py data` makes them.")
     tokenizer, prompts, answers = answer_all(folder, records, temperature, seed, device)
     model = load_model(folder, device)
     if "plain" in records[0]:
@@ -1749,8 +1789,7 @@ def assess(folder, records, against=None, reward=None, temperature=JUDGED_AT, se
     result["length, tokens"] = (*mean_interval([len(a.ids) for a in answers]), len(answers))
     if against:
         result |= compare(folder, against, reward, records, model, prompts, answers, temperature, seed)
-    some = [r for r in records if r["check"] and not r["held_out"]]
-    if samples > 1 and some:
+    if samples > 1:
         result |= more_answers(folder, some, samples, reward, temperature, seed, device)
     for shots in (0, 1, 4):
         rate(f"multiple choice, {shots} shots", multiple_choice(model, tokenizer, shots))
@@ -1824,6 +1863,8 @@ def stage_command(kind: type, open_run: Callable, doc: str) -> Callable:
         for name in ("batch_size", "lr", "epochs", "grad_clip", "eval_interval", "save_interval"):
             if getattr(o, name) <= 0:
                 raise UserError(f"--{name.replace('_', '-')} has to be above zero.")
+        if o.max_steps is not None and o.max_steps < 1:
+            raise UserError("--max-steps has to be above zero.")
         if show_mask:
             return print_mask(o, show_mask)
         if not resume:
@@ -1831,13 +1872,13 @@ def stage_command(kind: type, open_run: Callable, doc: str) -> Callable:
         return open_run(o, resume).go()
 
     main.__doc__ = doc
-    return run_command(main, options=kind)
+    return run_command(main, options=kind, leave_out=("epochs",) if issubclass(kind, PlayStage) else ())
 
 
 def print_mask(o: Stage, count: int) -> None:
     from rich.text import Text
 
-    tokenizer, ranked = load_tokenizer(find_checkpoint(o.model)), type(o) is not Stage
+    tokenizer, ranked = load_tokenizer(find_checkpoint(o.model)), isinstance(o, RewardStage)
     shown = load_items(o.data, tokenizer, 10**9, ranked)[0][:count]
     for number, example in enumerate(e for item in shown for e in item):
         console().rule(f"{number + 1}", style="dim")

@@ -942,10 +942,12 @@ class Branches(Cache):
         c, self.limit = self.config, slots
         sizes = [2 * c.n_layer * c.n_kv_head * c.head_dim * n for n in (trunks * longest, rows * slots)]
         if len(self.memory) < sum(sizes):
+            self.k = self.v = self.trunk_k = self.trunk_v = self.own = None  # let go of the old before the new is there
+            self.memory = self.memory[:0].clone()
             self.memory = self.memory.new_empty(sum(sizes))
-        self.trunk_memory, self.own_memory = self.memory[: sum(sizes)].split(sizes)
-        self.trunk_k, self.trunk_v = self.lay(self.trunk_memory, trunks, longest)
-        self.k, self.v = self.lay(self.own_memory, rows, 0)
+        trunk, self.own = self.memory[: sum(sizes)].split(sizes)
+        self.trunk_k, self.trunk_v = self.lay(trunk, trunks, longest)
+        self.k, self.v = self.lay(self.own, rows, 0)
         self.n, self.positions = 0, torch.full((rows, slots), -1, device=self.memory.device)
 
     def lay(self, memory, rows: int, slots: int):
@@ -979,7 +981,7 @@ class Branches(Cache):
             raise UserError(f"{end} tokens do not fit a cache of {self.limit}: ask for fewer.")
         if end > self.n:
             old, had, self.n = (self.k.clone(), self.v.clone()), self.n, min(-(-end // self.BLOCK) * self.BLOCK, self.limit)
-            self.k, self.v = self.lay(self.own_memory, len(positions), self.n)
+            self.k, self.v = self.lay(self.own, len(positions), self.n)
             self.k[..., :had, :], self.v[..., :had, :] = old
         self.rows, self.slots = torch.arange(len(slots), device=slots.device), slots[:, 0]
         self.positions.scatter_(1, slots, positions)
@@ -1067,7 +1069,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens, pick: Callable | N
         for token, r in zip(tokens.tolist(), places, strict=True):
             if (i := owner[r]) is not None:
                 out[i].append(token)
-                if len(out[i]) == limit[i // samples] or token in stop:
+                if len(out[i]) >= limit[i // samples] or token in stop:
                     owner[r] = None
 
     while True:
@@ -1895,6 +1897,8 @@ def resumed(folder: str, given: dict, state: dict | None = None, kind: type = Op
     free = {"max_steps", "device", "micro_batch", "save_interval", "eval_interval", "eval_tokens", "target_loss",
             "patience", "noise_scale", "recompute", "micro_tokens"}  # fmt: skip
     kept = {k: tuple(v) if isinstance(v, list) else v for k, v in state["options"].items()}
+    if state.get("stage", kind.__name__) != kind.__name__ or kept.keys() - {f.name for f in dataclasses.fields(kind)}:
+        raise UserError(f"{folder} was made by another command: resume it with that one.")
     options = kind(**kept | {"out": folder})
     for name, value in given.items():
         if name in free:

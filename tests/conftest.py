@@ -34,6 +34,17 @@ def command(script, *args, ranks=1, env=None, kill_after=None, sign=signal.SIGKI
     return process.returncode, out, err
 
 
+def refusal(app, *args) -> str:
+    """What a command says of a user's mistake, without a process of its own: the text of its UserError."""
+    import typer
+
+    from model import UserError
+
+    with pytest.raises(UserError) as error:
+        typer.main.get_command(app).main([str(a) for a in args], standalone_mode=False)
+    return str(error.value)
+
+
 def wait_for(path: Path, seconds=60):
     end = time.time() + seconds
     while not path.exists():

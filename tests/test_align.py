@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, command, wait_for
+from conftest import ROOT, command, refusal, wait_for
 
 import align
 import sample
@@ -332,11 +332,12 @@ def test_kills(name, data, base, lines, tmp_path):
     """Killed again and again at any moment: the same weights in the end."""
     more = ("--max-steps", "400", "--save-interval", "5")
     assert stage(name, base, lines / f"{data}.jsonl", tmp_path / "whole", *more)[0] == 0
-    code, _, _ = stage(name, base, lines / f"{data}.jsonl", tmp_path / "part", *more, kill_after=9)
+    code, _, _ = stage(name, base, lines / f"{data}.jsonl", tmp_path / "part", *more, kill_after=6)
+    assert code != 0
     kills = 0
     while code != 0:
         wait_for(tmp_path / "part" / "config.json") if not (tmp_path / "part.old").exists() else None
-        code, _, err = command("align.py", name, "--resume", tmp_path / "part", kill_after=9 + kills if kills < 4 else None)
+        code, _, err = command("align.py", name, "--resume", tmp_path / "part", kill_after=6 + kills if kills < 4 else None)
         kills += 1
         assert kills < 30, err
     whole, part = (load_model(tmp_path / f).state_dict() for f in ("whole", "part"))
@@ -426,12 +427,17 @@ def test_sentences(args, sentence, base, lines, tmp_path):
         more += ("--out", tmp_path / "o")
     if args[0] == "evaluate":
         more = ("--prompts", lines / "prompts.jsonl")
-    code, _, err = command("align.py", *args, *more)
-    assert code == 2 and sentence in err and "Traceback" not in err, err
+    assert sentence in refusal(align.app, *args, *more)
 
 
-def test_show_mask(base, lines):
-    code, _, err = command("align.py", "sft", "--model", base, "--data", lines / "sft.jsonl", "--show-mask", "1", env={"FORCE_COLOR": "1"})
+def test_a_mistake_is_a_sentence_and_exit_code_2():
+    code, _, err = command("align.py", "sft", "--lr", "-1")
+    assert code == 2 and "error: --lr has to be above zero." in err and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_show_mask(name, base, lines):
+    code, _, err = command("align.py", name, "--model", base, "--data", lines / "sft.jsonl", "--show-mask", "1", env={"FORCE_COLOR": "1"})
     assert code == 0 and "\x1b[1;32m    return a + b" in err and "f1(" not in err, err
 
 

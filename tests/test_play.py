@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from conftest import command, wait_for
+from conftest import ROOT, command, prepare, refusal, wait_for
 
 import align
 from align import Answer, Episode, GRPOStage, PPOStage, group_advantages, grpo_run, ppo_run
-from model import UserError, load_model
+from model import Config, Transformer, UserError, load_model, load_tokenizer, render, save_checkpoint
 
 SMALL = {"max_steps": 4, "batch_size": 4, "warmup_steps": 1, "eval_interval": 2, "save_interval": 1, "dtype": "fp32", "max_new_tokens": 8,
          "device": "cpu"}  # fmt: skip
@@ -125,6 +125,11 @@ def test_grpo_begins_at_zero_and_ppo_at_its_critic(base, lines, tmp_path):
     run.credit([episodes_of(run, TEXTS, WORTH)])
     stats = run.measure([0], run.items, run.loss, backward=False)
     assert stats["loss"] == pytest.approx(0, abs=1e-6) and stats["clip_fraction"] == 0
+    run = open_run("grpo", base, lines, tmp_path / "t", normalize="token")
+    run.credit([episodes_of(run, TEXTS, WORTH)])
+    lengths = torch.tensor([len(e.answer.ids) for e in run.groups[0]])
+    want = -(group_advantages(torch.tensor(WORTH)) * lengths).sum() / lengths.sum()
+    assert abs(want) > 0.01 and run.measure([0], run.items, run.loss, backward=False)["loss"] == pytest.approx(want.item(), abs=1e-5)
     run = open_run("ppo", base, lines, tmp_path / "p")
     stats = run.credit([episodes_of(run, TEXTS, WORTH)])
     assert all((v == 0).all() for v in run.values) and stats["kl"] == pytest.approx(0, abs=1e-6)
@@ -172,6 +177,19 @@ def test_every_option_changes_the_loss(kind, option, base, lines, tmp_path):
     assert losses[0] != pytest.approx(losses[1], rel=1e-5)
 
 
+def test_entropy_is_worth_something(base, lines, tmp_path):
+    """The loss is the one without, less the coefficient times the mean entropy of the answers' tokens."""
+    losses = []
+    for coef in (0.0, 0.1):
+        run = open_run("ppo", base, lines, tmp_path / "o", entropy_coef=coef)
+        run.credit([episodes_of(run, TEXTS, WORTH)])
+        losses.append(run.measure([0], run.items, run.loss, backward=True)["loss"])
+    logps = [load_model(base)(torch.tensor([e.ids]))[0][0, [i - 1 for i in range(len(e.ids)) if e.trained[i]]].log_softmax(-1)
+             for e in run.items[0]]  # fmt: skip
+    entropy = -torch.cat([(p.exp() * p).sum(-1) for p in logps]).mean()
+    assert losses[0] - losses[1] == pytest.approx(0.1 * entropy.item(), rel=1e-4)
+
+
 def test_passes_and_minibatches_are_updates(base, lines, tmp_path):
     run = open_run("grpo", base, lines, tmp_path / "o", passes=3, minibatches=2, samples=4)
     run.worth = lambda records, answers: [float(i % 3) for i in range(len(answers))]
@@ -200,7 +218,7 @@ def play_bandit(kind, base, lines, out, worth, steps, **more):
 def test_ten_arms(kind, base, lines, tmp_path):
     """The best of ten is found, with payouts that are close."""
     pay = [0.1, 0.5, 0.2, 0.9, 0.3, 0.7, 0.0, 0.4, 0.6, 0.8]
-    size = {"batch_size": 4, "samples": 16} if kind == "grpo" else {"batch_size": 64, "samples": 1}
+    size = {"batch_size": 4, "samples": 16} if kind == "grpo" else {"batch_size": 64, "samples": 1, "passes": 2}
     steps = 250 if kind == "grpo" else 100
     _, after = play_bandit(kind, base, lines, tmp_path / "o", lambda token: pay[token % 10], steps, kl_coef=0.0, **size)
     assert after[3::10].sum() > 0.9
@@ -262,27 +280,57 @@ def test_resume_is_exact(name, more, base, lines, tmp_path):
 def test_kills(name, base, lines, tmp_path):
     more = ("--max-steps", "100", "--save-interval", "2")
     assert stage(name, base, lines, tmp_path / "whole", *more)[0] == 0
-    code, _, _ = stage(name, base, lines, tmp_path / "part", *more, kill_after=10)
+    code, _, _ = stage(name, base, lines, tmp_path / "part", *more, kill_after=7)
+    assert code != 0
     kills = 0
     while code != 0:
         wait_for(tmp_path / "part" / "config.json") if not (tmp_path / "part.old").exists() else None
-        code, _, err = command("align.py", name, "--resume", tmp_path / "part", kill_after=10 + kills if kills < 4 else None)
+        code, _, err = command("align.py", name, "--resume", tmp_path / "part", kill_after=7 + kills if kills < 4 else None)
         kills += 1
         assert kills < 30, err
     whole, part = (load_model(tmp_path / f).state_dict() for f in ("whole", "part"))
     assert all(torch.equal(whole[n], part[n]) for n in whole)
 
 
+RANKS = """
+import sys; sys.path.insert(0, {root!r})
+import torch, align
+from model import setup_distributed
+name, out = sys.argv[1:]
+kind, open_run = (align.GRPOStage, align.grpo_run) if name == "grpo" else (align.PPOStage, align.ppo_run)
+run = open_run(kind(out=out, samples=4, max_steps=2, lr=1e-3, **{small!r}))
+texts = ["    return a", "    pass", "    x = a + 1", "", "a", "    return None"]
+
+def rollout(model, tokenizer, prompts, temperature, seed, max_new_tokens, samples, cache=None):  # the same whoever draws them
+    every = [texts[(sum(p) + i) % len(texts)] for p in prompts for i in range(samples)]
+    return [align.Answer([*tokenizer.encode(t), tokenizer.im_end_id], t, True) for t in every]
+
+align.rollout, run.evaluate = rollout, lambda: setattr(run, "result", {{}})
+run.worth = lambda records, answers: [float(len(a.ids) % 3) for a in answers]
+run.go()
+sums = torch.cat([p.detach().flatten() for p in run.model.parameters()])
+torch.save(sums, f"{{out}}.{{run.ranks.rank}}")
+"""
+
+
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
-def test_two_ranks_learn_from_all_answers(name, base, lines, judge, tmp_path):
-    code, _, err = stage(name, base, lines, tmp_path / "o", "--samples", "4", "--max-steps", "2", "--reward", judge, ranks=2)
-    assert code == 0, err
-    rows = [r for r in records(tmp_path / "o") if "reward" in r]
-    assert len(rows) == 2 and all(math.isfinite(r["loss"]) for r in rows)
+def test_two_ranks_learn_what_one_does(name, base, lines, tmp_path):
+    """Of the same answers, shared out: the weights are one process's, and both ranks have them."""
+    small = {k: v for k, v in SMALL.items() if k != "max_steps"} | {"model": str(base), "data": (str(lines / "prompts.jsonl"),)}
+    (tmp_path / "play.py").write_text(RANKS.format(root=str(ROOT), small=small))
+    found = []
+    for ranks in (1, 2):
+        code, _, err = command(tmp_path / "play.py", name, tmp_path / f"{ranks}", ranks=ranks)
+        assert code == 0, err
+        found += [torch.load(tmp_path / f"{ranks}.{rank}") for rank in range(ranks)]
+    start = torch.cat([p.detach().flatten() for p in load_model(base).parameters()])
+    assert (found[0][: len(start)] - start).abs().max() > 1e-4
+    assert torch.equal(found[1], found[2])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_logged(base, lines, judge, tmp_path):
-    """Rewards are summed by weight; a reward model with another vocabulary size or tokenizer reads text."""
+    """Rewards are summed by weight; a reward model reads text."""
     code, _, err = stage("ppo", base, lines, tmp_path / "o", "--reward", f"{judge}:0.5", "--reward", "checks", "--reward", "parses:2",
                          "--kl-target", "3")  # fmt: skip
     assert code == 0, err
@@ -291,7 +339,7 @@ def test_what_is_logged(base, lines, judge, tmp_path):
     assert {"reward", "reward_std", "good", "kl", "kl_answer", "kl_coef", "entropy", "length", "ended", "distinct", "flat", "clip_fraction",
             "explained_variance", "rollout_share", "grad_norm", "value_loss", "policy_loss"} <= step.keys()  # fmt: skip
     coefs = [r["kl_coef"] for r in rows if "kl_coef" in r]
-    assert coefs[0] == 0.02 and all(b < a for a, b in zip(coefs, coefs[1:], strict=False))  # near the reference: ever cheaper
+    assert coefs[0] == 0.005 and all(b < a for a, b in zip(coefs, coefs[1:], strict=False))  # near the reference: ever cheaper
     check = json.loads((lines / "prompts.jsonl").read_text().splitlines()[0])["check"]
     record = {"prompt": [{"role": "user", "content": "def f(a):"}], "check": check}
     answers = [Answer([1], "    return a + 1", True), Answer([1], "    pass", True), Answer([1], "    pass", False)]
@@ -301,6 +349,56 @@ def test_what_is_logged(base, lines, judge, tmp_path):
     assert scored[1] == pytest.approx(scored[2], rel=1e-4) and scored[0] != pytest.approx(scored[1], rel=1e-3)
     talk = [*record["prompt"], {"role": "assistant", "content": answers[0].text}]
     assert scored[0] == pytest.approx(align.open_judge(judge, "cpu")([talk])[0] / 2)
+
+
+def test_a_judge_with_another_tokenizer(base, lines, text, tmp_path):
+    """It is given text, which it reads with its own; what is longer than its context has no score, and the log says so."""
+    other = prepare(tmp_path / "other", text, "--vocab-size", "300", "--val-fraction", "0.1")
+    tokenizer = load_tokenizer(other)
+    config = Config(vocab_size=tokenizer.n_vocab, seq_len=96, n_layer=1, n_head=2, n_kv_head=2, n_embd=32, head_dim=16, ffn_dim=64,
+                    head="score", eos_id=tokenizer.eot_id, pad_id=tokenizer.pad_id)  # fmt: skip
+    model = Transformer(config).init_weights(3)
+    torch.nn.init.normal_(model.score.weight)
+    save_checkpoint(tmp_path / "judge", model, other / "tokenizer.json")
+    talk = [{"role": "user", "content": "def f(a):"}, {"role": "assistant", "content": "    return a"}]
+    ids = render(tokenizer, talk)[0]
+    assert ids != render(load_tokenizer(base), talk)[0]
+    scores = align.open_judge(tmp_path / "judge", "cpu")([talk, [talk[0], {**talk[1], "content": "a " * 60}], talk])
+    want = model(torch.tensor([ids]))[0][0, -1].item()
+    assert scores[::2] == pytest.approx([want, want], rel=1e-4)
+    assert math.isnan(scores[1])
+    code, _, err = stage("grpo", base, lines, tmp_path / "o", "--reward", tmp_path / "judge", "--max-steps", "2")
+    assert code == 0, err
+    rows = [r for r in records(tmp_path / "o") if "reward" in r]
+    assert len(rows) == 2 and all(math.isfinite(r["reward"]) for r in rows)
+
+
+def test_a_changed_judge_is_refused(base, lines, tmp_path):
+    model = load_model(base)
+    for seed in (0, 1):
+        judge = align.with_head(model, "score")
+        torch.nn.init.normal_(judge.score.weight, generator=torch.Generator().manual_seed(seed))
+        save_checkpoint(tmp_path / "judge", judge, base / "tokenizer.json")
+        if seed == 0:
+            assert stage("grpo", base, lines, tmp_path / "o", "--reward", tmp_path / "judge", "--max-steps", "1")[0] == 0
+    code, _, err = command("align.py", "grpo", "--resume", tmp_path / "o", "--max-steps", "2")
+    assert code == 2 and "is not what" in err and "rewarded by" in err
+
+
+def test_best_of_n_and_the_vote(base, lines, monkeypatch):
+    """By hand, of four answers to each of two prompts."""
+    prompts = align.load_prompts(str(lines / "prompts.jsonl"), None)[:2]
+    texts = ["    return a + 1", "    pass", "    return a+1  # the same", "x"], ["    pass", "    pass", "    return a * 2", "    ..."]
+    answers = [Answer([1], t, True) for some in texts for t in some]
+    monkeypatch.setattr(align, "answer_all", lambda *args, **kw: (None, None, answers))
+    monkeypatch.setattr(align, "open_judge", lambda *args: lambda talks: [0, 3, 1, 2, 0, 1, 3, math.nan])
+    found = {k: v[0] for k, v in align.more_answers(base, prompts, 4, "judge", 0.7, 0, "cpu").items()}
+    assert found["pass@1"] == pytest.approx((2 / 4 + 1 / 4) / 2) and found["pass@4"] == 1.0
+    assert found["pass@2"] == pytest.approx((5 / 6 + 3 / 6) / 2)
+    assert found["good: vote of 4"] == 0.5  # `return a + 1`, twice, but `pass` twice
+    assert found["good: best of 4 by the reward model"] == 0.5  # `pass`, and `return a * 2`
+    deep = Answer([1], "    return " + "+".join(["a"] * 1200), True)
+    assert align.vote(prompts[0], [deep, deep, answers[0]]) == 0
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
@@ -313,19 +411,31 @@ def test_rewards_that_are_no_number(name, base, lines, tmp_path, capsys):
         calls.append(len(answers))
         return [math.nan if len(calls) == 2 or i == 0 else float(len(a.ids)) for i, a in enumerate(answers)]
 
-    run.worth = worth  # (the first call is the evaluation's)
+    run.worth = worth  # (the first call is an evaluation's)
     run.go()
     rows = [r for r in records(tmp_path / "o") if "nan_rewards" in r]
     assert [r["nan_rewards"] for r in rows] == [16, 1] and "loss" not in rows[0] and math.isfinite(rows[1]["loss"])
     assert all(p.isfinite().all() for p in run.model.parameters())
 
 
-def test_equal_answers_and_endless_ones(base, lines, tmp_path):
+def test_endless_answers_pay(base, lines, tmp_path):
+    """Cut at --max-new-tokens, and --unended is taken off."""
+    rewards = []
+    for unended in ("0", "5"):
+        code, _, err = stage("grpo", base, lines, tmp_path / unended, "--unended", unended, "--reward", "parses", "--max-steps", "1")
+        assert code == 0, err
+        rewards.append(next(r for r in records(tmp_path / unended) if "reward" in r))
+    one, two = rewards
+    assert one["ended"] == two["ended"] < 1 and one["length"] <= 8
+    assert one["reward"] - two["reward"] == pytest.approx(5 * (1 - one["ended"]), abs=1e-5)
+
+
+def test_groups_of_equal_rewards_change_nothing(base, lines, tmp_path):
     run = open_run("grpo", base, lines, tmp_path / "o", max_steps=2, lr=1.0)
     run.worth = lambda records, answers: [1.0] * len(answers)
     run.go()
     rows = [r for r in records(tmp_path / "o") if "flat" in r]
-    assert [r["flat"] for r in rows] == [1.0, 1.0] and all(r["length"] <= 8 for r in rows)
+    assert [r["flat"] for r in rows] == [1.0, 1.0]
     assert all(torch.equal(p, q) for p, q in zip(run.model.parameters(), load_model(base).parameters(), strict=True))
 
 
@@ -339,12 +449,23 @@ def test_equal_answers_and_endless_ones(base, lines, tmp_path):
         (("ppo", "--clip", "0"), "--clip between 0 and 1"),
         (("grpo", "--reward", "nowhere"), "holds no checkpoint"),
         (("grpo", "--reward", "BASE"), "is no reward model"),
+        (("grpo", "--reward", "checks:1.2.3"), "holds no checkpoint"),
+        (("grpo", "--kl-coef", "-1"), "--kl-coef cannot be below 0"),
+        (("grpo", "--clip-high", "-0.5"), "--clip-high has to be above it"),
+        (("ppo", "--kl-coef", "0", "--kl-target", "3"), "--kl-target needs a --kl-coef above 0"),
+        (("ppo", "--max-steps", "0"), "--max-steps has to be above zero"),
+        (("grpo", "--model", "JUDGE"), "is a reward model"),
     ],
 )
-def test_sentences(args, sentence, base, lines, tmp_path):
-    args = [str(base) if a == "BASE" else a for a in args]
-    code, _, err = stage(args[0], base, lines, tmp_path / "o", *args[1:])
-    assert code == 2 and sentence in err and "Traceback" not in err, err
+def test_sentences(args, sentence, base, judge, lines, tmp_path):
+    args = [{"BASE": str(base), "JUDGE": str(judge)}.get(a, a) for a in args]
+    small = ["--model", base, "--data", lines / "prompts.jsonl", "--out", tmp_path / "o", "--device", "cpu", "--max-steps", 4]
+    assert sentence in refusal(align.app, args[0], *small, *args[1:])
+
+
+def test_another_commands_folder_is_refused(judge):
+    for name in ("grpo", "ppo", "sft"):
+        assert "was made by another command" in refusal(align.app, name, "--resume", judge, "--max-steps", 9)
 
 
 def test_a_changed_reference_is_refused(base, lines, tmp_path):
@@ -365,6 +486,11 @@ def test_prompts_without_checks(base, tmp_path):
     with pytest.raises(UserError, match="needs prompts that carry checks"):
         o = GRPOStage(**{**SMALL, "model": str(base), "data": (str(tmp_path / "p.jsonl"),), "out": str(tmp_path / "o")})
         grpo_run(o).go()
+    (tmp_path / "q.jsonl").write_text('{"prompt": "Say it.", "check": {"task": "body"}}\n')
+    with pytest.raises(UserError, match="its 'check' is not of the kind"):
+        align.load_prompts(str(tmp_path / "q.jsonl"), None)
+    with pytest.raises(UserError, match="--samples needs prompts that carry checks"):
+        align.assess(base, align.load_prompts(str(tmp_path / "p.jsonl"), 2), samples=2)
     o = GRPOStage(**{**SMALL, "model": str(base), "data": (str(tmp_path / "p.jsonl"),), "out": str(tmp_path / "o")})
     assert grpo_run(o).counts == {"prompts": 4, "left out: no room for an answer": 1}
 
