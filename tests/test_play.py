@@ -363,7 +363,7 @@ def test_a_judge_with_another_tokenizer(base, lines, text, tmp_path):
     talk = [{"role": "user", "content": "def f(a):"}, {"role": "assistant", "content": "    return a"}]
     ids = render(tokenizer, talk)[0]
     assert ids != render(load_tokenizer(base), talk)[0]
-    scores = align.open_judge(tmp_path / "judge", "cpu")([talk, [talk[0], {**talk[1], "content": "a " * 60}], talk])
+    scores = align.open_judge(tmp_path / "judge", "cpu")([talk, [talk[0], {**talk[1], "content": "Qx7~" * 40}], talk])
     want = model(torch.tensor([ids]))[0][0, -1].item()
     assert scores[::2] == pytest.approx([want, want], rel=1e-4)
     assert math.isnan(scores[1])
