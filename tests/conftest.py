@@ -17,14 +17,17 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # sums in another order are other sums: resume is compared bit for bit
 
 
-def command(script, *args, ranks=1, env=None, kill_after=None, sign=signal.SIGKILL, timeout=240, cwd=None):
-    """Run a script as a user would -> (exit code, stdout, stderr); kill_after: seconds until it gets a signal."""
+def command(script, *args, ranks=1, env=None, kill_after=None, once=None, sign=signal.SIGKILL, timeout=240, cwd=None):
+    """Run a script as a user would -> (exit code, stdout, stderr); kill_after: seconds until it gets a signal, counted from
+    when the file `once` is there."""
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     args = [sys.executable, *launch[1:], str(ROOT / script), *map(str, args)]
     process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd or ROOT,
                                env={**os.environ, "PYTHONUTF8": "1", "COLUMNS": "120", **(env or {})})  # fmt: skip
+    while once and not once.exists() and process.poll() is None:
+        time.sleep(0.01)
     try:
         out, err = process.communicate(timeout=kill_after or timeout)
     except subprocess.TimeoutExpired:

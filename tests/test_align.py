@@ -332,14 +332,17 @@ def test_kills(name, data, base, lines, tmp_path):
     """Killed again and again at any moment: the same weights in the end."""
     more = ("--max-steps", "400", "--save-interval", "5")
     assert stage(name, base, lines / f"{data}.jsonl", tmp_path / "whole", *more)[0] == 0
-    code, _, _ = stage(name, base, lines / f"{data}.jsonl", tmp_path / "part", *more, kill_after=6)
+    first = {"kill_after": 0.7, "once": tmp_path / "part" / "config.json"}
+    code, _, _ = stage(name, base, lines / f"{data}.jsonl", tmp_path / "part", *more, **first)
     assert code != 0
     kills = 0
     while code != 0:
         wait_for(tmp_path / "part" / "config.json") if not (tmp_path / "part.old").exists() else None
-        code, _, err = command("align.py", name, "--resume", tmp_path / "part", kill_after=6 + kills if kills < 4 else None)
+        code, _, err = command("align.py", name, "--resume", tmp_path / "part", kill_after=4 + kills if kills < 4 else None)
         kills += 1
-        assert kills < 30, err
+        if "is finished" in err:  # killed after its last save
+            break
+        assert kills < 9, err
     whole, part = (load_model(tmp_path / f).state_dict() for f in ("whole", "part"))
     assert all(torch.equal(whole[n], part[n]) for n in whole)
 
@@ -645,7 +648,7 @@ def test_steps_per_second_against_trls(stage, dtype, modules, tmp_path):
     hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
     auto = transformers.AutoModelForSequenceClassification if stage == "reward" else transformers.AutoModelForCausalLM
     more = {"num_labels": 1} if stage == "reward" else {}
-    rounds, steps, times = 3, 4, {"ours": [], "trl's": []}
+    rounds, steps, times = 3, 2, {"ours": [], "trl's": []}
     theirs = settings(str(tmp_path / "t"), report_to=[], use_cpu=True, bf16=dtype == "bf16", per_device_train_batch_size=32, max_length=256,
                       max_steps=steps, save_strategy="no", gradient_checkpointing=False, disable_tqdm=True)  # fmt: skip
     model = auto.from_pretrained(tmp_path / "base", dtype=torch.float32, **more)
