@@ -1403,7 +1403,7 @@ def ppo_run(o: PPOStage, resume: str | None = None) -> Play:
       11  the KL's price can adapt to a target                                                        `adapted`
 
     Logged besides: explained_variance of the returns by the critic (near 0 at first, then up; below 0 it harms: lower
-    --lr or raise --value-coef), policy_loss and value_loss, which add up to loss, kl_coef.
+    --lr or raise --value-coef), kl_coef, and what loss is made of: policy_loss and, times --value-coef, value_loss.
     """
     if o.critic not in ("shared", "own"):
         raise UserError("--critic is shared or own.")
@@ -1703,7 +1703,8 @@ def compare(folder, against, reward, records, model, prompts, answers, temperatu
     result = {"KL to the other, nats a token": (*mean_interval(mean_kl(model, other, examples)), n)}
 
     def wins(name, mine, others):
-        result[name] = (*mean_interval([(a > b) + 0.5 * (a == b) for a, b in zip(mine, others, strict=True)]), n)
+        won = [(a > b) + 0.5 * (a == b) for a, b in zip(mine, others, strict=True) if not math.isnan(a + b)]
+        result[name] = (*mean_interval(won), len(won)) if won else (math.nan, None, None, 0)
 
     if all(r["check"] for r in records):
         def passed(some):
@@ -1768,6 +1769,8 @@ def assess(folder, records, against=None, reward=None, temperature=JUDGED_AT, se
     device, result, some = device or pick_device(), {}, [r for r in records if r["check"] and not r["held_out"]]
     if samples > 1 and not some:
         raise UserError("--samples needs prompts that carry checks, as `python align.py data` makes them.")
+    if reward and not against and samples == 1:
+        raise UserError("--reward judges between answers: give --against another folder, or --samples.")
     tokenizer, prompts, answers = answer_all(folder, records, temperature, seed, device)
     model = load_model(folder, device)
     if "plain" in records[0]:

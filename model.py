@@ -612,7 +612,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, mask=None, cache: Cache | None = None):
+    def forward(self, x, cos, sin, mask=None, cache: Cache | Branches | None = None):
         B, T, _ = x.shape
         # -1, not H: under tensor parallelism a rank's projections return its share of the heads
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H, D)
@@ -912,6 +912,7 @@ class Cache:
         return self.positions[:, : self.n]
 
     def attend(self, layer: int, q, k, v, mask):
+        """Of the keys and values that `update` gave: all of them, so the layer's number says nothing more."""
         return attend(q, k, v, mask)
 
     def rewind(self, n: int) -> None:
@@ -924,11 +925,22 @@ class Cache:
         return self.k.nbytes + self.v.nbytes
 
 
-class Branches(Cache):
-    """For texts that go on from prompts, a token at a time. A prompt's keys and values stand in a trunk, and are read, once for
-    all texts that go on from it: a copy for each is most of what decoding would read (Hydragen: Juravsky et al. 2024,
-    2402.05099). Behind it each text has slots of its own, at its own pace, which come in use a block at a time: keys that are
-    read together stand together. R texts, P trunks of up to U tokens.
+def closing(keep: list[int]) -> tuple[list[int], list[int]]:
+    """To have these rows first: which to move, and where to.
+
+    >>> closing([0, 3, 4])
+    ([3, 4], [1, 2])
+    """
+    return [r for r in keep if r >= len(keep)], sorted(set(range(len(keep))) - set(keep))
+
+
+class Branches:
+    """In the place of a Cache, for texts that go on from prompts, a token at a time.
+
+    A prompt's keys and values stand in a trunk, and are read, once for all texts that go on from it: a copy for each is most
+    of what decoding would read (Hydragen: Juravsky et al. 2024, 2402.05099). Behind it each text has slots of its own, at its
+    own pace, which come in use a block at a time: keys that are read together stand together.
+    R texts, P trunks of up to U tokens.
     """
 
     BLOCK = 32
@@ -987,10 +999,12 @@ class Branches(Cache):
         self.positions.scatter_(1, slots, positions)
 
     def update(self, layer: int, k, v):
+        """Write one layer's keys and values (R, K, 1, D); the texts' own so far (R, K, S, D)."""
         self.k[layer][self.rows, :, self.slots], self.v[layer][self.rows, :, self.slots] = k[:, :, 0], v[:, :, 0]
         return self.k[layer], self.v[layer]
 
-    def seen(self):  # (R, U + S)
+    def seen(self):
+        """The positions of the keys that `attend` looks at, the trunk's before the text's own: (R, U + S)."""
         return torch.cat((self.before, self.positions[:, : self.n]), -1)
 
     def attend(self, layer: int, q, k, v, mask):
@@ -1024,15 +1038,6 @@ class Branches(Cache):
         for x in (self.trunk_k, self.trunk_v):
             x[:, holes] = x[:, moved]
         self.trunk_k, self.trunk_v = self.trunk_k[:, : len(trunks)], self.trunk_v[:, : len(trunks)]
-
-
-def closing(keep: list[int]) -> tuple[list[int], list[int]]:
-    """To have these rows first: which to move, and where to.
-
-    >>> closing([0, 3, 4])
-    ([3, 4], [1, 2])
-    """
-    return [r for r in keep if r >= len(keep)], [r for r in range(len(keep)) if r not in keep]
 
 
 @torch.inference_mode()

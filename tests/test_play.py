@@ -331,6 +331,14 @@ def test_two_ranks_learn_what_one_does(name, base, lines, tmp_path):
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
+def test_two_ranks_play(base, lines, judge, tmp_path):
+    """Each draws its share of the answers, and has them scored."""
+    code, _, err = stage("ppo", base, lines, tmp_path / "o", "--samples", "4", "--max-steps", "2", "--reward", judge, ranks=2)
+    assert code == 0, err
+    rows = [r for r in records(tmp_path / "o") if "reward" in r]
+    assert len(rows) == 2 and all(math.isfinite(r["loss"]) and r["distinct"] > 0.5 and r["reward_std"] > 0 for r in rows)
+
+
 def test_what_is_logged(base, lines, judge, tmp_path):
     """Rewards are summed by weight; a reward model reads text."""
     code, _, err = stage("ppo", base, lines, tmp_path / "o", "--reward", f"{judge}:0.5", "--reward", "checks", "--reward", "parses:2",
@@ -369,10 +377,11 @@ def test_a_judge_with_another_tokenizer(base, lines, text, tmp_path):
     want = model(torch.tensor([ids]))[0][0, -1].item()
     assert scores[::2] == pytest.approx([want, want], rel=1e-4)
     assert math.isnan(scores[1])
-    code, _, err = stage("grpo", base, lines, tmp_path / "o", "--reward", tmp_path / "judge", "--max-steps", "2")
-    assert code == 0, err
-    rows = [r for r in records(tmp_path / "o") if "reward" in r]
-    assert len(rows) == 2 and all(math.isfinite(r["reward"]) for r in rows)
+    for T, missing in ((96, 0), (30, 16)):  # the second is too short for any text
+        save_checkpoint(tmp_path / f"{T}", Transformer(config.replace(seq_len=T)).init_weights(3), other / "tokenizer.json")
+        open_run("ppo", base, lines, tmp_path / "o", reward=(str(tmp_path / f"{T}"),), max_steps=1).go()
+        row = next(r for r in records(tmp_path / "o") if "reward" in r)
+        assert row.get("nan_rewards", 0) == missing and math.isfinite(row["reward"]) == (not missing)
 
 
 def test_a_changed_judge_is_refused(base, lines, tmp_path):
@@ -493,6 +502,8 @@ def test_prompts_without_checks(base, tmp_path):
         align.load_prompts(str(tmp_path / "q.jsonl"), None)
     with pytest.raises(UserError, match="--samples needs prompts that carry checks"):
         align.assess(base, align.load_prompts(str(tmp_path / "p.jsonl"), 2), samples=2)
+    with pytest.raises(UserError, match="--reward judges between answers"):
+        align.assess(base, align.load_prompts(str(tmp_path / "p.jsonl"), 2), reward="somewhere")
     o = GRPOStage(**{**SMALL, "model": str(base), "data": (str(tmp_path / "p.jsonl"),), "out": str(tmp_path / "o")})
     assert grpo_run(o).counts == {"prompts": 4, "left out: no room for an answer": 1}
 
