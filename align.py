@@ -1673,19 +1673,23 @@ def answer_all(folder, records, temperature, seed, device, max_new_tokens=None, 
 
 
 def open_judge(folder, device) -> Callable[[list[list[dict]]], list[float]]:
-    """A reward model: conversations -> scores, each read with its own tokenizer; NaN where one is longer than its context."""
+    """A reward model: conversations -> scores, each read with its own tokenizer. Of one that is longer than its context the
+    beginning is left out, so that the answer and its end are seen; that is said when it first happens."""
     model, tokenizer = load_model(folder, device), load_tokenizer(folder)
     if model.config.head != "score":
         raise UserError(f"{folder} is no reward model: `python align.py reward` trains one.")
-    T = model.config.seq_len
+    T, said = model.config.seq_len, False
 
     @torch.no_grad()
     def score(conversations):
+        nonlocal said
         examples, scores = [Example(*render(tokenizer, c)) for c in conversations], []
+        if not said and (longer := sum(len(e.ids) > T for e in examples)):
+            said = True
+            say(f"{folder} reads {T} tokens: of {longer} of {len(examples)} texts the beginning is left out, and of later ones too.")
         for i in range(0, len(examples), 64):
-            fit = [[e] for e in examples[i : i + 64] if len(e.ids) <= T]
-            found = iter(rewards(model, collate(fit, T, device)).tolist() if fit else ())
-            scores += [next(found) if len(e.ids) <= T else math.nan for e in examples[i : i + 64]]
+            cut = [[Example(e.ids[-T:], e.trained[-T:])] for e in examples[i : i + 64]]
+            scores += rewards(model, collate(cut, T, device)).tolist()
         return scores
 
     score.fingerprint = seed_of(str(folder), *fingerprint_of(model))
@@ -1703,8 +1707,7 @@ def compare(folder, against, reward, records, model, prompts, answers, temperatu
     result = {"KL to the other, nats a token": (*mean_interval(mean_kl(model, other, examples)), n)}
 
     def wins(name, mine, others):
-        won = [(a > b) + 0.5 * (a == b) for a, b in zip(mine, others, strict=True) if not math.isnan(a + b)]
-        result[name] = (*mean_interval(won), len(won)) if won else (math.nan, None, None, 0)
+        result[name] = (*mean_interval([(a > b) + 0.5 * (a == b) for a, b in zip(mine, others, strict=True)]), n)
 
     if all(r["check"] for r in records):
         def passed(some):
@@ -1745,7 +1748,7 @@ def more_answers(folder, records, samples, reward, temperature, seed, device) ->
     picked = {f"good: vote of {samples}": [g[vote(r, some)] for r, some, g in zip(records, groups, good, strict=True)]}
     if reward:
         talks = [[*r["prompt"], {"role": "assistant", "content": a.text}] for r, g in zip(records, groups, strict=True) for a in g]
-        scores = np.nan_to_num(np.reshape(open_judge(reward, device)(talks), (-1, samples)), nan=-np.inf)
+        scores = np.reshape(open_judge(reward, device)(talks), (-1, samples))
         picked[f"good: best of {samples} by the reward model"] = [g[i] for g, i in zip(good, scores.argmax(1).tolist(), strict=True)]
     return result | {name: (sum(p) / len(p), *wilson(sum(p), len(p)), len(p)) for name, p in picked.items()}
 

@@ -361,8 +361,8 @@ def test_what_is_logged(base, lines, judge, tmp_path):
     assert scored[0] == pytest.approx(align.open_judge(judge, "cpu")([talk])[0] / 2)
 
 
-def test_a_judge_with_another_tokenizer(base, lines, text, tmp_path):
-    """It is given text, which it reads with its own; what is longer than its context has no score, and the log says so."""
+def test_a_judge_with_another_tokenizer(base, lines, text, tmp_path, capsys):
+    """It is given text, which it reads with its own; of what is longer than its context it reads the end, and says so."""
     other = prepare(tmp_path / "other", text, "--vocab-size", "300", "--val-fraction", "0.1")
     tokenizer = load_tokenizer(other)
     config = Config(vocab_size=tokenizer.n_vocab, seq_len=96, n_layer=1, n_head=2, n_kv_head=2, n_embd=32, head_dim=16, ffn_dim=64,
@@ -373,15 +373,17 @@ def test_a_judge_with_another_tokenizer(base, lines, text, tmp_path):
     talk = [{"role": "user", "content": "def f(a):"}, {"role": "assistant", "content": "    return a"}]
     ids = render(tokenizer, talk)[0]
     assert ids != render(load_tokenizer(base), talk)[0]
-    scores = align.open_judge(tmp_path / "judge", "cpu")([talk, [talk[0], {**talk[1], "content": "Qx7~" * 40}], talk])
-    want = model(torch.tensor([ids]))[0][0, -1].item()
-    assert scores[::2] == pytest.approx([want, want], rel=1e-4)
-    assert math.isnan(scores[1])
-    for T, missing in ((96, 0), (30, 16)):  # the second is too short for any text
-        save_checkpoint(tmp_path / f"{T}", Transformer(config.replace(seq_len=T)).init_weights(3), other / "tokenizer.json")
-        open_run("ppo", base, lines, tmp_path / "o", reward=(str(tmp_path / f"{T}"),), max_steps=1).go()
-        row = next(r for r in records(tmp_path / "o") if "reward" in r)
-        assert row.get("nan_rewards", 0) == missing and math.isfinite(row["reward"]) == (not missing)
+    long = [talk[0], {**talk[1], "content": "Qx7~" * 40}]
+    judge = align.open_judge(tmp_path / "judge", "cpu")
+    assert judge([talk]) and "is left out" not in capsys.readouterr().err
+    scores, last = judge([talk, long, talk]), render(tokenizer, long)[0][-96:]
+    want = [model(torch.tensor([x]))[0][0, -1].item() for x in (ids, last, ids)]
+    assert len(last) == 96 and scores == pytest.approx(want, rel=1e-4) and want[0] != pytest.approx(want[1], rel=1e-3)
+    assert "of 1 of 3 texts the beginning is left out" in " ".join(capsys.readouterr().err.split())
+    code, _, err = stage("grpo", base, lines, tmp_path / "o", "--reward", tmp_path / "judge", "--max-steps", "2")
+    assert code == 0, err
+    rows = [r for r in records(tmp_path / "o") if "reward" in r]
+    assert len(rows) == 2 and all(math.isfinite(r["reward"]) for r in rows)
 
 
 def test_a_changed_judge_is_refused(base, lines, tmp_path):
@@ -402,7 +404,7 @@ def test_best_of_n_and_the_vote(base, lines, monkeypatch):
     texts = ["    return a + 1", "    pass", "    return a+1  # the same", "x"], ["    pass", "    pass", "    return a * 2", "    ..."]
     answers = [Answer([1], t, True) for some in texts for t in some]
     monkeypatch.setattr(align, "answer_all", lambda *args, **kw: (None, None, answers))
-    monkeypatch.setattr(align, "open_judge", lambda *args: lambda talks: [0, 3, 1, 2, 0, 1, 3, math.nan])
+    monkeypatch.setattr(align, "open_judge", lambda *args: lambda talks: [0, 3, 1, 2, 0, 1, 3, 2])
     found = {k: v[0] for k, v in align.more_answers(base, prompts, 4, "judge", 0.7, 0, "cpu").items()}
     assert found["pass@1"] == pytest.approx((2 / 4 + 1 / 4) / 2) and found["pass@4"] == 1.0
     assert found["pass@2"] == pytest.approx((5 / 6 + 3 / 6) / 2)
