@@ -1,54 +1,69 @@
-"""A decoder-only transformer, the folder it lives in, and what every run of it needs.
+"""The decoder, the folder it lives in, and what surrounds every run.
 
-Part I   the decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU; one mask, one cache, one loss per token.
-Part II  the folder: a checkpoint *is* a Hugging Face folder; a data folder is a flat file of token ids.
-Part III the run: devices, optimizers, evaluation, and errors that are one sentence.
+Part I    the decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU; one mask, one cache, one loss a token.
+Part II   the folders: a checkpoint *is* a Hugging Face folder; a data folder is a flat file of token ids.
+Part III  the run: devices, optimizer, options, the loop around a step, errors that are one sentence.
+Part IV   the same, faster on a CPU.
 
-The other scripts import this file and none of the others (tokenize.py stands without it: it needs no torch). Two
-doors open from here, and only when asked: `load_tokenizer` reads tokenize.py by its path, and a layer with experts
-takes them from moe.py. Left out: training loops (train.py), sampling (sample.py).
+The other scripts import this file and none of the others. Two doors open from here, and only when asked:
+`load_tokenizer` to tokenize.py and `load_moe` to moe.py. Left out: the steps of training (train.py,
+parallel.py, align.py) and sampling (sample.py).
 
-    python -c "from model import *; m = Transformer(PRESETS['nano'].replace(vocab_size=256)); print(m)"
+    python -c "from model import *; print(Transformer(PRESETS['nano'].replace(vocab_size=256)))"
 
 RoPE: Su et al. 2021 (2104.09864). GQA: Ainslie et al. 2023 (2305.13245). SwiGLU: Shazeer 2020 (2002.05202).
-RMSNorm: Zhang & Sennrich 2019 (1910.07467). QK norm: Henry et al. 2020 (2010.04245). Muon: Jordan et al. 2024.
+RMSNorm: Zhang & Sennrich 2019 (1910.07467). QK norm: Henry et al. 2020 (2010.04245). Muon: Jordan 2024.
 """
-
-from __future__ import annotations
 
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar
+
+if "OMP_WAIT_POLICY" not in os.environ:  # idle threads spin for a moment, not for long: see RESULTS.md
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # GCC's OpenMP (Linux)
+    os.environ.setdefault("KMP_BLOCKTIME", "1")  # LLVM's and Intel's (macOS, Windows), in milliseconds
+START = time.perf_counter()  # before torch is imported, which is part of what a run costs
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import typer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 # B batch, T query length, S key length, C n_embd, V vocabulary, H heads, K KV heads, D head_dim, I ffn_dim,
-# N = B*T tokens, L layers, W ranks, E experts.
+# N = B*T tokens, L layers, E experts.
 
 IGNORE = -100  # a target that is not trained on, as in torch.nn.functional.cross_entropy
 
-
 class UserError(Exception):
-    """What a user can put right: one sentence that says how. Commands print it and exit with code 2."""
+    """Say in one sentence what a user can put right; commands print it and exit with code 2."""
+
+def check(ok, sentence: str) -> None:
+    """Raise a UserError with this sentence unless ok."""
+    if not ok:
+        raise UserError(sentence)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -57,39 +72,10 @@ class UserError(Exception):
 
 
 @dataclass(frozen=True)
-class MoEConfig:
-    """Experts in the place of a layer's feed-forward network, and how a token's are chosen: see moe.py."""
-
-    n_expert: int = 8
-    n_active: int = 2  # experts that a token goes to
-    ffn_dim: int = 512  # width of one
-    n_shared: int = 0  # experts that every token goes to, as one network n_shared times as wide
-    dense: tuple[int, ...] = ()  # layers that keep a network without experts
-    score: str = "softmax"  # over all experts, or "sigmoid" of each
-    normalize: bool = True  # the weights of the chosen add up to one (for softmax: it is taken over the chosen)
-    scale: float = 1.0  # of the experts' sum, beside the shared ones
-    bias: bool = False  # added to the scores for the choice only: DeepSeek-V3's balance without a loss
-    n_group: int = 1  # experts in groups, of which a token's best `topk_group` are open to it
-    topk_group: int = 1
-
-    def __post_init__(self):
-        for name in ("n_expert", "n_active", "ffn_dim", "n_group", "topk_group"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UserError(f"{name} of the experts is {getattr(self, name)!r}; it has to be a positive whole number.")
-        if self.n_expert % self.n_group or self.topk_group > self.n_group:
-            raise UserError(f"{self.n_expert} experts do not go into {self.n_group} groups with {self.topk_group} of them open.")
-        if self.n_active > self.n_expert // self.n_group * self.topk_group:
-            raise UserError(f"A token cannot go to {self.n_active} experts: {self.n_expert // self.n_group * self.topk_group} "
-                            "are open to it.")  # fmt: skip
-        if self.score not in ("softmax", "sigmoid"):
-            raise UserError(f"A router scores by softmax or sigmoid, not by {self.score!r}.")
-
-
-@dataclass(frozen=True)
 class Config:
-    """The sizes and choices that make a model; what a checkpoint's config.json says, in the names used here."""
+    """Hold the sizes and choices that make a model; `config_to_hf` knows Hugging Face's names for them."""
 
-    vocab_size: int = 0  # padded to a multiple of 64: see pad_vocab
+    vocab_size: int = 0  # padded to a multiple of 64
     seq_len: int = 256  # the context it is trained at
     n_layer: int = 6
     n_head: int = 6
@@ -101,381 +87,1686 @@ class Config:
     rope_theta: float = 10_000.0
     qk_norm: bool = True  # RMSNorm on each head's query and key, before they are rotated
     qkv_bias: bool = False
-    window: tuple[int | None, ...] = ()  # per layer: a token sees the last `window` ones, itself included
+    window: tuple[int | None, ...] = ()  # of each layer: a token sees so many, itself included; (): all
     causal: bool = True  # False: every token sees every other (masked language modelling)
     tie: bool = True  # the output matrix is the embedding
     head: str = "lm"  # or "score": one number a token, for a reward model or a critic
     eos_id: int | None = None
     pad_id: int | None = None
-    moe: MoEConfig | None = None  # None: every layer is dense
+    # experts in the place of the feed-forward networks: see moe.py
+    n_expert: int = 0  # 0: every layer is dense
+    n_expert_active: int = 2  # experts that a token goes to
+    n_expert_shared: int = 0  # experts that every token goes to, as one network so many times as wide
+    expert_dim: int = 512  # feed-forward width of one expert
+    dense_layers: tuple[int, ...] = ()  # layers that keep a network without experts
+    router: str = "softmax"  # over all experts, or "sigmoid" of each
+    router_normalize: bool = True  # the weights of the chosen experts add up to one
+    router_scale: float = 1.0  # of the experts' sum, beside the shared ones
+    router_bias: bool = False  # added to the scores for the choice only: DeepSeek-V3's balance without a loss
+    n_group: int = 1  # experts stand in groups; a token's best `topk_group` groups are open to it
+    topk_group: int = 1
+    # training only: a checkpoint does not carry these
+    dropout: float = 0.0
+    balance: str = "loss"  # what spreads tokens over experts: Switch's "loss", DeepSeek's "bias", or "none"
+    balance_rate: float | None = None  # weight of that loss (0.01), or a step of the bias (0.001)
+    z_loss: float = 0.0  # weight of the router's z-loss; 0.001 keeps its logits small
+    capacity: float | None = None  # tokens of a sequence that an expert takes at most, in means
 
     def __post_init__(self):
-        if not self.window:
-            object.__setattr__(self, "window", (None,) * self.n_layer)
-        for name in ("vocab_size", "seq_len", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "ffn_dim"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < (name != "vocab_size"):
-                raise UserError(f"{name} is {getattr(self, name)!r}; it has to be a positive whole number.")
-        if self.n_head % self.n_kv_head:
-            raise UserError(
-                f"{self.n_head} heads cannot share {self.n_kv_head} key-value heads evenly: "
-                "choose n_kv_head among the divisors of n_head."
-            )
-        if self.head not in ("lm", "score"):
-            raise UserError(f"A model ends in a head of kind lm or score, not {self.head!r}.")
-        if self.head_dim % 2:
-            raise UserError(f"head_dim is {self.head_dim}, but RoPE rotates pairs: choose an even one.")
-        if len(self.window) != self.n_layer:
-            raise UserError(f"{len(self.window)} windows were given for {self.n_layer} layers: one a layer.")
+        for name in self.__dataclass_fields__:
+            check_field(name, getattr(self, name))
+        window = self.window if isinstance(self.window, (tuple, list)) else [self.window]
+        window = tuple(window) * (self.n_layer if len(window) == 1 else 1)  # one number serves all layers
+        object.__setattr__(self, "window", () if set(window) == {None} else window)
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        check(self.n_head % self.n_kv_head == 0,
+              f"{self.n_head} heads cannot share {self.n_kv_head} key-value heads evenly.")
+        check(self.head in ("lm", "score"), f"A model ends in a head of kind lm or score, not {self.head!r}.")
+        check(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; RoPE rotates pairs: choose an even one.")
+        check(len(window) in (0, self.n_layer), f"{len(window)} windows do not serve {self.n_layer} layers.")
+        check(self.dropout < 1, f"dropout is {self.dropout}; it is a share, from 0 up to, not with, 1.")
 
-    def replace(self, **changes) -> Config:
-        if "n_layer" in changes and "window" not in changes:
-            changes["window"] = ()
+    def replace(self, **changes) -> "Config":
         return dataclasses.replace(self, **changes)
 
-    def to_hf(self) -> dict:
-        """config.json as the stock class that this config exactly is, or as model_type "octavo"."""
-        name, family = next(((n, f) for n, f in FAMILIES.items() if f.fits(self)), (None, None))
-        name = name or ("OctavoForCausalLM" if self.causal else "OctavoForMaskedLM")
-        name = name if self.head == "lm" else f"{name.partition('For')[0]}{SCORE}"
-        hf = {key: getattr(self, ours) for ours, key in HF_KEYS.items()}
-        hf |= {"architectures": [name], "model_type": family.model_type if family else "octavo"}
-        hf |= {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "dtype": "float32"}
-        hf |= {"rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta}}
-        if self.head == "score":
-            hf |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}  # transformers counts the scores by these
-        if not family:
-            return hf | {"qk_norm": self.qk_norm, "qkv_bias": self.qkv_bias, "window": list(self.window),
-                         "causal": self.causal, "moe": self.moe and dataclasses.asdict(self.moe)}  # fmt: skip
-        if self.moe:
-            hf |= {key: getattr(self.moe, ours) for ours, key in MOE_KEYS[family.model_type].items()}
-            if family.model_type == "qwen3_moe":
-                hf |= {"mlp_only_layers": list(self.moe.dense), "decoder_sparse_step": 1}
-            if family.model_type == "dots1":
-                hf |= {"first_k_dense_replace": len(self.moe.dense)}
-        sliding = [w for w in self.window if w is not None]
-        hf["sliding_window"] = sliding[0] if sliding else None
-        if family.layer_types:
-            hf["use_sliding_window"] = bool(sliding)
-            hf["layer_types"] = ["sliding_attention" if w else "full_attention" for w in self.window]
-        return hf
-
-    @staticmethod
-    def from_hf(hf: dict) -> Config:
-        """The config of a Hugging Face folder; a UserError that names what is not supported."""
-        arch = (hf.get("architectures") or ["?"])[0]
-        ours = hf.get("model_type") == "octavo"
-        head = "score" if arch.endswith(SCORE) else "lm"
-        if head == "score":
-            arch = arch.replace(SCORE, "ForCausalLM")
-            if (scores := len(hf.get("id2label") or (0, 1))) != 1:
-                raise UserError(f"This model gives {scores} scores to a text; only one (a reward) is supported.")
-        if not ours and arch not in FAMILIES:
-            raise UserError(f"A {arch} cannot be opened yet; the families are {', '.join(FAMILIES)}.")
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise UserError(f"Rotary positions of type {kind!r} are not supported yet, only the plain ones.")
-        if hf.get("hidden_act", "silu") != "silu":
-            raise UserError(f"The activation {hf['hidden_act']!r} is not supported yet, only silu (SwiGLU).")
-        fields = {name: hf[key] for name, key in HF_KEYS.items() if hf.get(key) is not None}
-        if lacks := [k for k in ("vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size",
-                                 "intermediate_size") if hf.get(k) is None]:  # fmt: skip
-            raise UserError(f"config.json does not say {', '.join(lacks)}.")
-        fields["rope_theta"] = float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0)))
-        fields.setdefault("tie", False)  # the classes' default, not ours
-        fields.setdefault("n_kv_head", fields["n_head"])
-        fields.setdefault("head_dim", fields["n_embd"] // fields["n_head"])
-        fields["head"] = head
-        if isinstance(fields.get("eos_id"), list):
-            fields["eos_id"] = fields["eos_id"][0]
-        if ours:
-            moe = MoEConfig(**{**hf["moe"], "dense": tuple(hf["moe"]["dense"])}) if hf.get("moe") else None
-            return Config(**fields, **{k: hf[k] for k in ("qk_norm", "qkv_bias", "causal")}, window=tuple(hf["window"]),
-                          moe=moe)  # fmt: skip
-        family, n_layer, width = FAMILIES[arch], fields["n_layer"], hf.get("sliding_window")
-        if hf.get("attention_bias") or hf.get("mlp_bias"):
-            raise UserError(f"A {arch} with biases on every matrix is not supported yet.")
-        full = min(n_layer, hf.get("max_window_layers", 28)) if family.layer_types else 0  # Qwen's older folders
-        types = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (n_layer - full)
-        sliding = width is not None and (not family.layer_types or hf.get("use_sliding_window", False))
-        window = tuple(width if sliding and t == "sliding_attention" else None for t in types)
-        moe = moe_from_hf(hf, n_layer) if family.moe else None
-        return Config(**fields, qk_norm=family.qk_norm, qkv_bias=family.qkv_bias, window=window, moe=moe)
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Give the window of each layer; None where it sees all."""
+        return self.window or (None,) * self.n_layer
 
     def is_sparse(self, layer: int) -> bool:
-        return self.moe is not None and layer not in self.moe.dense
-
-    def ffn_params(self, layer: int, active: bool = False) -> int:
-        """Of a layer's feed-forward part, the router's matrix included; active: those that a token meets."""
-        if not self.is_sparse(layer):
-            return 3 * self.n_embd * self.ffn_dim
-        m = self.moe
-        experts = (m.n_active if active else m.n_expert) + m.n_shared
-        return 3 * self.n_embd * m.ffn_dim * experts + self.n_embd * m.n_expert
+        return self.n_expert > 0 and layer not in self.dense_layers
 
     @property
     def matrix_params(self) -> int:
-        """Weights that multiply a token: its layers' matrices and the output matrix (the lookup is free)."""
-        out = self.vocab_size if self.head == "lm" else 1
-        attn = self.n_embd * self.head_dim * (2 * self.n_head + 2 * self.n_kv_head)
-        ffn = sum(self.ffn_params(i, active=True) for i in range(self.n_layer))
-        return self.n_layer * attn + ffn + out * self.n_embd
-
-    def block_params(self, layer: int, active: bool = False) -> int:
-        """Of one layer, norms and biases included."""
-        heads = self.head_dim * (2 * self.n_head + 2 * self.n_kv_head)
-        norms = 2 * self.n_embd + 2 * self.head_dim * self.qk_norm
-        biases = self.head_dim * (self.n_head + 2 * self.n_kv_head) * self.qkv_bias
-        return self.n_embd * heads + self.ffn_params(layer, active) + norms + biases
-
-    def n_params(self, active: bool = False) -> int:
-        """All parameters, in closed form, or those that a token meets; a test holds it equal to the sum over the module."""
-        out = 1 if self.head == "score" else 0 if self.tie else self.vocab_size
-        tables = (self.vocab_size + out) * self.n_embd
-        return sum(self.block_params(i, active) for i in range(self.n_layer)) + self.n_embd + tables
+        """Count the weights that multiply a token: layers and output matrix (the lookup is free)."""
+        attention = self.n_embd * self.head_dim * 2 * (self.n_head + self.n_kv_head)
+        dense = 3 * self.n_embd * self.ffn_dim
+        used = self.n_expert_active + self.n_expert_shared
+        experts = self.n_embd * (3 * self.expert_dim * used + self.n_expert)  # and their router
+        total = self.n_embd * (self.vocab_size if self.head == "lm" else 1)
+        return total + sum(attention + (experts if self.is_sparse(i) else dense) for i in range(self.n_layer))
 
     def flops_per_token(self, T: int | None = None) -> float:
-        """Of forward and backward, per token, at context T: 6 for each weight that multiplies it (2 forward, 4
-        backward), and 12*D*H a layer for each key it sees. Causal tokens see (T+1)/2 keys on average: work that
-        a mask throws away is not counted, nor what recomputation adds (so this is MFU's numerator, not HFU's)."""
+        """Count the operations of forward and backward for one token at context T.
+
+        6 for each weight that multiplies it (2 forward, 4 backward), and 12 D H a layer for each key it sees.
+        A causal token sees (T+1)/2 keys on average: work that a mask throws away is not counted, nor what
+        recomputation adds, so this is the numerator of MFU and not of HFU.
+        """
         T = T or self.seq_len
-        keys = 0.0
-        for w in self.window:
-            w = min(w or T, T)  # the first w tokens see 1, 2 .. w keys, the rest see w
-            keys += (w * (w + 1) / 2 + (T - w) * w) / T if self.causal else T
+        windows = [min(w or T, T) for w in self.windows]
+        # the first w tokens see 1, 2 .. w keys, the rest see w
+        keys = sum((w * (w + 1) / 2 + (T - w) * w) / T if self.causal else T for w in windows)
         return 6.0 * self.matrix_params + 12.0 * self.n_head * self.head_dim * keys
 
-    def kv_bytes(self, B: int, T: int, bytes_per_element: int = 2) -> int:
-        """Of the keys and values that B sequences of T tokens keep."""
-        return 2 * B * T * self.n_layer * self.n_kv_head * self.head_dim * bytes_per_element
+def is_a(value, kind: type) -> bool:
+    """Tell whether a value is of a kind; whole numbers are floats too, NaN and infinity are not."""
+    return type(value) in (int, float) and math.isfinite(value) if kind is float else type(value) is kind
 
-
-def zero_bytes(n: float, ranks: int, zero: int) -> tuple[float, float, float]:
-    """Bytes of (parameters, gradients, optimizer) on a rank for n parameters in float32 with AdamW's two moments.
-
-    ZeRO shards the optimizer (1), the gradients too (2), the parameters too (3): 1910.02054, figure 1.
-
-    >>> [round(b / 1e9, 2) for b in zero_bytes(175e9, 64, 1)]
-    [700.0, 700.0, 21.88]
-    """
-    return 4 * n / (ranks if zero >= 3 else 1), 4 * n / (ranks if zero >= 2 else 1), 8 * n / (ranks if zero >= 1 else 1)
-
-
-def training_bytes(config: Config, B: int, T: int, *, dp=1, tp=1, zero=0, replicate=1, recompute="none", e=2) -> dict:
-    """What stands in a rank's memory when it trains on B sequences of T tokens at once, in bytes.
-
-    {"parameters", "gathered", "gradients", "optimizer", "activations"}; e: bytes of an activation. The engine keeps
-    a shard beside what it has gathered: all of the model with ZeRO-2, the embedding and two blocks with ZeRO-3.
-    Activations are what a block's backward pass keeps with attention that is not written out, and the matrices in
-    the precision of the products where that is not theirs."""
-    c, L = config, config.n_layer
-    shards = 1 if zero == 0 else dp if zero == 1 else dp // replicate
-    block = sum(c.block_params(i) for i in range(L)) / L / tp
-    n = L * block + c.n_embd + c.vocab_size * c.n_embd * (1 if c.tie else 2) / tp
-    parameters, gradients, optimizer = zero_bytes(n, shards, zero)
-    gathered = e * n if e < 4 or dp > 1 and tp > 1 else 0.0  # (what DDP cannot do is fully_shard's, on an axis of one)
-    if zero >= 2 and shards > 1:
-        parameters, gathered = 4 * n / shards, e * (n if zero == 2 else n - max(0, L - 2) * block)
-    q, kv, I = c.n_head * c.head_dim / tp, c.n_kv_head * c.head_dim / tp, c.ffn_dim / tp
-    if c.moe:  # the rows that go to the experts, and what comes back, stand beside the tokens
-        I = c.moe.ffn_dim * (c.moe.n_active + c.moe.n_shared) + c.n_embd * c.moe.n_active / 2
-    layer = 4 * c.n_embd + 3 * q + 3 * kv + 4 * I + (q + kv if c.qk_norm else 0)  # both norms' inputs and outputs; q, k, v, y
-    logits = min(B * T * c.vocab_size / tp, KEEP_LOGITS)
-    kept = L * layer if recompute == "none" else L * c.n_embd + layer
-    return {"parameters": parameters, "gathered": gathered, "gradients": gradients, "optimizer": optimizer,
-            "activations": e * B * T * kept + 4 * logits}  # fmt: skip
-
-
-def communication(config: Config, N: int, *, dp=1, tp=1, zero=0, replicate=1, sequence=False, recompute="none", e=2) -> list:
-    """What a step with one micro-batch of N tokens a rank sends: [(phase, collective, axis, how many, bytes of the wholes)].
-
-    Tensor parallelism: two all-reduces of the activations (N, C) a block, forward and backward (1909.08053, 3); with
-    the sequence split (2205.05198, figure 5) each is an all-gather and a reduce-scatter. Data parallelism: the gradients once;
-    ZeRO-3 also the weights, forward and backward (1910.02054, 7). The small ones too: a loss over a split vocabulary sums
-    three numbers a token, and norms that see a part of the heads or the sequence have terms of a gradient."""
-    c, L, rows = config, config.n_layer, []
-    n = sum(c.block_params(i) for i in range(L)) / tp + c.n_embd + c.vocab_size * c.n_embd * (1 if c.tie else 2) / tp
-    NC = N * c.n_embd
-    again = L if recompute != "none" else 0  # a block that is computed again sends again what its first half sent
-    if tp > 1:
-        chunks = -(-N // max(64, CHUNK_LOGITS // c.vocab_size))  # of a CPU; see token_losses
-        rows += [("forward", "all_reduce", "tensor", 3 * chunks, 3 * 4 * N)]
-        norms = 2 * L * c.qk_norm, 2 * L * c.qk_norm * c.head_dim
-        if sequence:
-            norms = norms[0] + 2 * L + 1, norms[1] + (2 * L + 1) * c.n_embd
-        if norms[0]:  # fully_shard sends each by itself
-            rows += [("backward", "all_reduce", "tensor", norms[0] if dp > 1 else 1, 4 * norms[1])]
-        if sequence:
-            rows += [("forward", "all_gather", "tensor", 2 * L + 1, (2 * L + 1) * e * NC),
-                     ("forward", "reduce_scatter", "tensor", 2 * L + 1, (2 * L * e + 4) * NC),
-                     ("backward", "all_gather", "tensor", 2 * L + 1 + 2 * again, ((2 * L + 2 * again) * e + 4) * NC),
-                     ("backward", "reduce_scatter", "tensor", 2 * L + again, (2 * L + again) * e * NC),
-                     ("backward", "all_reduce", "tensor", chunks, e * NC)]  # fmt: skip
-        else:
-            rows += [("forward", "all_reduce", "tensor", 2 * L + 1, (2 * L * e + 4) * NC),
-                     ("backward", "all_reduce", "tensor", 2 * L + again + chunks, (2 * L + again + 1) * e * NC)]  # fmt: skip
-    if dp > 1:
-        shards = dp // replicate if zero >= 2 else 1
-        if shards > 1:
-            rows += [("forward", "all_gather", "shard", L + 1, e * n)]
-            if zero == 3:
-                rows += [("backward", "all_gather", "shard", L + 1, e * n)]
-            rows += [("backward", "reduce_scatter", "shard", L + 1, 4 * n)]
-        if dp > shards:
-            count = L + 1 if zero >= 2 or tp > 1 else -(-int(4 * n) // 2**25)
-            rows += [("backward", "all_reduce", "replicate", count, 4 * n / shards)]
-        if zero == 1:
-            rows += [("step", "all_gather", "replicate", None, 4 * n)]
-    return rows
-
-
-def pad_vocab(n: int, multiple: int = 64) -> int:
-    """Rows of the embedding for n ids: a multiple of 64 keeps matrix kernels on whole tiles.
-
-    >>> pad_vocab(76), pad_vocab(4096)
-    (128, 4096)
-    """
-    return -(-n // multiple) * multiple
-
-
-SCORE = "ForSequenceClassification"  # how a stock class with a score head is called, after its family's name
-
-# Our field -> the key in config.json. All four families share these.
-HF_KEYS = {
-    "vocab_size": "vocab_size", "seq_len": "max_position_embeddings", "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
-    "head_dim": "head_dim", "ffn_dim": "intermediate_size", "norm_eps": "rms_norm_eps",
-    "tie": "tie_word_embeddings", "eos_id": "eos_token_id", "pad_id": "pad_token_id",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Family:
-    """What sets one published architecture apart from its neighbours."""
-
-    model_type: str
-    qk_norm: bool = False
-    qkv_bias: bool = False
-    window: str = "none"  # which windows its class can express: "none", "all" (every layer the same) or "any"
-    moe: MoEConfig | None = None  # what its class fixes of the experts; MOE_KEYS has what its config.json says
-
-    @property
-    def layer_types(self) -> bool:
-        return self.window == "any"
-
-    def fits(self, config: Config) -> bool:
-        if (self.moe is None) != (config.moe is None):
-            return False
-        if config.moe:
-            free = {*MOE_KEYS[self.model_type], "dense"}
-            fixed = [f.name for f in dataclasses.fields(MoEConfig) if f.name not in free]
-            dense = {"mixtral": config.moe.dense == (), "qwen3_moe": True,
-                     "dots1": config.moe.dense == tuple(range(len(config.moe.dense)))}[self.model_type]  # fmt: skip
-            shared = self.model_type != "dots1" or config.moe.n_shared > 0
-            if not (dense and shared and all(getattr(self.moe, n) == getattr(config.moe, n) for n in fixed)):
-                return False
-        sizes = set(config.window)
-        windows = {"none": sizes == {None}, "all": len(sizes) == 1 and None not in sizes,
-                   "any": len(sizes - {None}) <= 1}[self.window]  # fmt: skip
-        # Qwen2 derives head_dim from the width and does not read the key
-        head = self.model_type != "qwen2" or config.head_dim * config.n_head == config.n_embd
-        same = (self.qk_norm, self.qkv_bias) == (config.qk_norm, config.qkv_bias)
-        same = same and (config.head == "lm" or self.model_type != "dots1")  # transformers has no such class
-        return config.causal and same and windows and head
-
-
-FAMILIES = {
-    "LlamaForCausalLM": Family("llama"),
-    "MistralForCausalLM": Family("mistral", window="all"),
-    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, window="any"),
-    "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, window="any"),
-    "MixtralForCausalLM": Family("mixtral", moe=MoEConfig()),
-    "Qwen3MoeForCausalLM": Family("qwen3_moe", qk_norm=True, moe=MoEConfig()),
-    "Dots1ForCausalLM": Family("dots1", qk_norm=True, moe=MoEConfig(score="sigmoid", bias=True)),  # DeepSeek-V3's experts
-}
-
-# Field of MoEConfig -> the key in config.json, by model_type.
-_DEEPSEEK = {"n_expert": "n_routed_experts", "n_active": "num_experts_per_tok", "ffn_dim": "moe_intermediate_size",
-             "n_shared": "n_shared_experts", "scale": "routed_scaling_factor", "n_group": "n_group",
-             "topk_group": "topk_group", "normalize": "norm_topk_prob"}  # fmt: skip
-MOE_KEYS = {
-    "mixtral": {"n_expert": "num_local_experts", "n_active": "num_experts_per_tok", "ffn_dim": "intermediate_size"},
-    "qwen3_moe": {"n_expert": "num_experts", "n_active": "num_experts_per_tok", "ffn_dim": "moe_intermediate_size",
-                  "normalize": "norm_topk_prob"},
-    "dots1": _DEEPSEEK, "deepseek_v3": _DEEPSEEK,
-    "deepseek_v2": {k: v for k, v in _DEEPSEEK.items() if k != "normalize"},
-}  # fmt: skip
-
-
-def moe_from_hf(hf: dict, n_layer: int) -> MoEConfig:
-    """The experts of a config.json of one of the families of MOE_KEYS."""
-    kind = hf["model_type"]
-    fields = {ours: hf[key] for ours, key in MOE_KEYS[kind].items() if hf.get(key) is not None}
-    for key in ("num_local_experts", "num_experts"):  # transformers writes either spelling
-        if hf.get(key) is not None:
-            fields.setdefault("n_expert", hf[key])
-    if kind == "qwen3_moe":
-        fields.setdefault("normalize", False)  # the class's default
-        step, only = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
-        fields["dense"] = tuple(i for i in range(n_layer) if i in only or (i + 1) % step)
-    elif kind != "mixtral":
-        fields["dense"] = tuple(range(min(n_layer, hf.get("first_k_dense_replace", 0))))
-    if kind in ("dots1", "deepseek_v3"):
-        fields |= {"score": "sigmoid", "bias": True}
-    if kind == "deepseek_v2":
-        fields |= {"normalize": False}
-        if hf.get("topk_method", "greedy") == "greedy":
-            fields |= {"n_group": 1, "topk_group": 1}
-    return MoEConfig(**fields)
-
-
-# Sizes by name. `nano` learns in a minute, `micro` in the ten minutes of the default run; `small` is GPT-2's.
-PRESETS = {
-    "nano": Config(n_layer=4, n_head=4, n_kv_head=4, n_embd=128, head_dim=32, ffn_dim=384, seq_len=128),
-    "micro": Config(n_layer=4, n_head=3, n_kv_head=3, n_embd=192, head_dim=64, ffn_dim=512, seq_len=256),
-    "mini": Config(n_layer=6, n_head=6, n_kv_head=6, n_embd=384, head_dim=64, ffn_dim=1024, seq_len=256),
-    "small": Config(n_layer=12, n_head=12, n_kv_head=12, n_embd=768, head_dim=64, ffn_dim=2048, seq_len=1024),
-    "medium": Config(n_layer=24, n_head=16, n_kv_head=8, n_embd=1024, head_dim=64, ffn_dim=2816, seq_len=1024),
-    "1b": Config(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, head_dim=64, ffn_dim=8192, seq_len=4096,
-                 rope_theta=500_000.0),
-    "llama-2-7b": Config(vocab_size=32_000, n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, head_dim=128,
-                         ffn_dim=11_008, seq_len=4096, norm_eps=1e-5, qk_norm=False, tie=False),
-    "llama-2-70b": Config(vocab_size=32_000, n_layer=80, n_head=64, n_kv_head=8, n_embd=8192, head_dim=128,
-                          ffn_dim=28_672, seq_len=4096, norm_eps=1e-5, qk_norm=False, tie=False),
-    "llama-3-8b": Config(vocab_size=128_256, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, head_dim=128,
-                         ffn_dim=14_336, seq_len=8192, norm_eps=1e-5, qk_norm=False, tie=False, rope_theta=500_000.0),
-    "mixtral-8x7b": Config(vocab_size=32_000, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, head_dim=128,
-                           ffn_dim=14_336, seq_len=32_768, norm_eps=1e-5, qk_norm=False, tie=False,
-                           rope_theta=1_000_000.0, moe=MoEConfig(8, 2, 14_336)),
-    "qwen3-30b-a3b": Config(vocab_size=151_936, n_layer=48, n_head=32, n_kv_head=4, n_embd=2048, head_dim=128,
-                            ffn_dim=6144, seq_len=40_960, tie=False, rope_theta=1_000_000.0, moe=MoEConfig(128, 8, 768)),
-}  # fmt: skip
-
+def check_field(name: str, value) -> None:
+    """Refuse what a field of Config cannot be: of another type, or a number below what makes sense."""
+    field = Config.__dataclass_fields__[name]
+    declared = str(field.type)  # <class 'int'>, float | None, tuple[int | None, ...]
+    kind = next(k for k in (bool, str, float, int) if k.__name__ in declared)
+    words = {bool: "true or false", str: "a name"}.get(kind, "a positive number")
+    for x in value if "tuple" in declared and isinstance(value, (tuple, list)) else [value]:
+        fits = is_a(x, kind)
+        if fits and kind in (int, float) and field.default is not None:
+            fits = x > 0 or (x == 0 and not field.default and name != "window")
+        check(fits or (x is None and "None" in declared), f"{name} is {x!r}; it has to be {words}.")
 
 class Linear(nn.Linear):
-    """A matrix kept in the precision of training (float32) and multiplied in the precision of its input."""
+    """Keep a matrix in the precision of training (float32) and multiply in the precision of the input."""
 
     def forward(self, x):  # (..., in) -> (..., out)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
-
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (1910.07467, eq. 4)."""
+    """Compute x / sqrt(mean(x^2) + eps) * weight over the last dimension (1910.07467, eq. 4)."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
 
     def forward(self, x):
         weight = self.weight.to(x.dtype)
         if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _RMSNormCPU.apply(x, weight, self.eps)
+            return RMSNormCPU.apply(x, weight, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
+def rope_angles(positions, head_dim: int, theta: float):
+    """Compute cos and sin of position * theta^(-2i/D) for each pair i (2104.09864, eq. 15).
 
-class _RMSNormCPU(torch.autograd.Function):
-    """rms_norm with its gradient by hand: on CPU, autograd through the composite form takes ten times as long."""
+    positions (T,) or (B, T) -> two (..., T, 1, D/2), float32: bfloat16 would be off by 256 at 100,000.
+    """
+    i = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+    angles = positions.float().unsqueeze(-1) * theta ** (-i / head_dim)
+    return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
+
+def apply_rope(x, cos, sin):  # (B, T, H, D) -> (B, T, H, D)
+    """Rotate the pairs (x_i, x_{i+D/2}) by their angles (2104.09864, eq. 34).
+
+    Hugging Face pairs the halves, the paper neighbours: the same but for the order of q's and k's rows.
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+def visible(q_pos, k_pos, q_doc=None, k_doc=None, q_trunk=None, *, causal=True, window=None):
+    """Decide THE mask: may the query at q_pos look at the key at k_pos?
+
+    q_pos (..., T), k_pos (..., S) -> bool (..., T, S). A slot at position -1 is empty. With documents a query
+    sees the keys of its own, and of its trunk: a document that several others go on from.
+
+    >>> visible(torch.arange(3), torch.arange(3), window=2).int().tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    """
+    distance = q_pos.unsqueeze(-1) - k_pos.unsqueeze(-2)
+    mask = (k_pos >= 0).unsqueeze(-2).expand(distance.shape)
+    if causal:
+        mask = mask & (distance >= 0)
+    if window is not None:
+        mask = mask & (distance < window) & (distance > -window)
+    if q_doc is not None:
+        same = q_doc.unsqueeze(-1) == k_doc.unsqueeze(-2)
+        if q_trunk is not None:
+            same = same | (q_trunk.unsqueeze(-1) == k_doc.unsqueeze(-2))
+        mask = mask & same
+    return mask
+
+def attend(q, k, v, mask=None):
+    """Compute softmax(q k^T / sqrt(D)) v: the one place that picks a kernel.
+
+    q (B, H, T, D), k and v (B, K, S, D) with K dividing H; mask None (all), "causal" or bool (B or 1, T, S).
+    """
+    few = q.shape[2] == 1 or k.shape[2] <= CPU_SHORT
+    if few and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return attend_on_cpu(q, k, v, mask)
+    gqa = q.shape[1] != k.shape[1]
+    if isinstance(mask, str):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    mask = None if mask is None else mask.unsqueeze(1)  # (B or 1, 1, T, S)
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=gqa)
+
+class Attention(nn.Module):
+    """Let each token read earlier ones: H query heads share K heads of keys and values (2305.13245)."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = D = config.head_dim
+        C, H, K = config.n_embd, config.n_head, config.n_kv_head
+        self.q_proj = Linear(C, H * D, bias=config.qkv_bias)
+        self.k_proj = Linear(C, K * D, bias=config.qkv_bias)
+        self.v_proj = Linear(C, K * D, bias=config.qkv_bias)
+        self.o_proj = Linear(H * D, C, bias=False)
+        self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin, mask=None, cache=None):
+        B, T, _ = x.shape
+        # -1, not H: under tensor parallelism a rank's projections return its share of the heads
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        q = apply_rope(q, cos, sin).transpose(1, 2)  # (B, H, T, D)
+        k = apply_rope(k, cos, sin).transpose(1, 2)  # (B, K, T, D)
+        v = v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
+        y = attend(q, k, v, mask)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+class MLP(nn.Module):
+    """Compute SwiGLU: down(silu(gate(x)) * up(x)) (2002.05202, eq. 6)."""
+
+    def __init__(self, n_embd: int, ffn_dim: int):
+        super().__init__()
+        self.gate_proj = Linear(n_embd, ffn_dim, bias=False)
+        self.up_proj = Linear(n_embd, ffn_dim, bias=False)
+        self.down_proj = Linear(ffn_dim, n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+def load_moe():
+    """Open the door to moe.py, which only a config with experts does."""
+    import moe
+
+    return moe
+
+# Columns of `aux`, a row for each layer: what it adds to the loss, and what its router did; then E loads.
+AUX = ("aux_loss", "balance_loss", "z_loss", "dropped", "router_entropy")
+
+class Block(nn.Module):
+    """Add to the residual stream what attention finds, then what the feed-forward network makes of it."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.sparse = config.is_sparse(layer)
+        self.dropout = config.dropout
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = load_moe().MoE(config) if self.sparse else MLP(config.n_embd, config.ffn_dim)
+
+    def forward(self, x, aux, cos, sin, mask=None, cache=None):
+        y = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        x = x + drop(y, self.dropout, self.training)
+        y = self.mlp(self.post_attention_layernorm(x))
+        if self.sparse:
+            y, row = y
+            aux = torch.cat((aux[: self.layer], row[None], aux[self.layer + 1 :]))  # never kept in self
+        return x + drop(y, self.dropout, self.training), aux
+
+def drop(x, p: float, training: bool):
+    """Apply dropout whose mask is drawn once a sequence and channel, (B, 1, C), and held over all positions.
+
+    T times fewer random numbers than the usual form, which on CPU cost as much as the layer itself
+    (Gal & Ghahramani 2016, 1512.05287, draw it so for recurrent networks).
+    """
+    if p == 0.0 or not training:
+        return x
+    keep = torch.rand(x.shape[0], 1, x.shape[-1], device=x.device) >= p
+    return x * (keep / (1 - p)).to(x.dtype)
+
+class Transformer(nn.Module):
+    """Hold the decoder. Modules carry Hugging Face's names, so a checkpoint needs no renaming.
+
+    layers: the ones to build (a pipeline stage is the same class with some); all by default. The embedding
+    lives where layer 0 is, the last norm and the output matrix where the last layer is.
+    """
+
+    def __init__(self, config: Config, layers: range | None = None):
+        super().__init__()
+        if config.n_expert:
+            load_moe().check_experts(config)
+        layers = range(config.n_layer) if layers is None else layers
+        self.config = config
+        self.first = 0 in layers
+        self.last = config.n_layer - 1 in layers
+        self.compute_dtype: torch.dtype | None = None  # of activations; None: as the parameters
+        self.recompute = False  # keep only each block's input, and compute the rest again
+        if self.first or (config.tie and self.last and config.head == "lm"):
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleDict({str(i): Block(config, i) for i in layers})
+        if not self.last:
+            return
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        if config.head == "score":
+            self.score = Linear(config.n_embd, 1, bias=False)
+            return
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the output matrix the embedding where the config says so."""
+        if self.config.tie and self.config.head == "lm" and self.last:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, x, targets=None, *, positions=None, doc_ids=None, trunk_ids=None, at=None, cache=None,
+                aux=None, output="logits"):
+        """Read ids (B, T), or hidden (B, T, C) on a later stage -> (result, aux).
+
+        targets (B, T)  given: the result is the loss PER TOKEN (B, T) in nats, float32, 0 where IGNORE
+        positions       (T,) consecutive or (B, T) any; by default from 0, or a cache's end; -1 is padding
+        doc_ids (B, T)  tokens of different documents do not see each other
+        trunk_ids       (B, T) a document that a token sees beside its own: a prompt that answers share
+        at (N,)         places in the flattened (B, T) to give the result for; with targets (N,)
+        output          "logits" (B, T, V) | "last" (B, 1, V): of the last position | "hidden" (B, T, C)
+                        with a score head, in the place of logits: a number a token (B, T) or (B, 1), float32
+        aux             (L, 1), with experts (L, 5 + E): what each layer adds to the loss, and what its router
+                        did (`AUX`; while training). A later stage is given the earlier one's
+        """
+        c = self.config
+        T = x.shape[1]
+        if positions is None:
+            start = cache.n if cache is not None else 0
+            positions = torch.arange(start, start + T, device=x.device)
+        if cache is not None:
+            check(doc_ids is None, "A cache holds one document a row: give doc_ids or a cache, not both.")
+            cache.claim(positions)
+        masks = self.masks(positions, doc_ids, trunk_ids, cache, T)
+        if self.first:
+            x = self.embed_tokens(x)  # (B, T, C)
+        x = x.to(self.compute_dtype or x.dtype)
+        cos, sin = (a.to(x.dtype) for a in rope_angles(positions, c.head_dim, c.rope_theta))
+        if aux is None:
+            columns = len(AUX) + c.n_expert if c.n_expert else 1
+            aux = x.new_zeros((c.n_layer, columns), dtype=torch.float32)
+        for i, block in self.layers.items():
+            x, aux = self.run_block(block, x, aux, cos, sin, masks[c.windows[int(i)]], cache)
+        if not self.last:
+            return x, aux
+        if output == "last":
+            x = x[:, -1:]
+        elif at is not None:
+            x = x.flatten(0, 1).index_select(0, at)  # (N, C)
+        x = self.norm(x)
+        if output == "hidden":
+            return x, aux
+        if c.head == "score":
+            return self.score(x).squeeze(-1).float(), aux
+        if targets is None:
+            return self.lm_head(x), aux
+        return token_losses(x, self.lm_head, targets, c.vocab_size), aux
+
+    def run_block(self, block, *args):
+        """Run a block; while training and with `recompute`, keep only its input for the backward pass."""
+        if args[-1] is not None:  # with a cache every length is new: a compiled block would be compiled anew
+            return block._call_impl(*args)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    def masks(self, positions, doc_ids, trunk_ids, cache, T) -> dict:
+        """Make the mask of each window size in use, once for all layers that share it."""
+        causal = self.config.causal
+        S = T if cache is None else cache.n
+        plain = doc_ids is None and positions.dim() == 1 and (cache is None or not cache.ragged)
+        masks = {}
+        for window in set(self.config.windows):
+            sees_all = plain and (window is None or S <= window)
+            if sees_all and (not causal or (cache is not None and T == 1)):
+                masks[window] = None
+            elif sees_all and S == T:
+                masks[window] = "causal"
+            else:
+                k_pos = positions if cache is None else cache.positions[:, :S]
+                mask = visible(positions, k_pos, doc_ids, doc_ids, trunk_ids, causal=causal, window=window)
+                if positions.dim() == 2:  # a softmax over nothing is NaN: let padding see all
+                    mask = mask | (positions < 0).unsqueeze(-1)
+                masks[window] = mask if mask.dim() == 3 else mask.unsqueeze(0)  # (B or 1, T, S)
+        return masks
+
+    def compile_blocks(self) -> None:
+        """Compile one block and use it for all: a start-up of one layer, and names stay as they are."""
+        for block in self.layers.values():
+            block.compile(dynamic=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> "Transformer":
+        """Fill each tensor from a generator of its own, seeded by (seed, name): any sharding starts equal.
+
+        Normal with standard deviation 1/sqrt(fan_in) (the embedding: 0.02); the two matrices that write to
+        the residual stream start smaller by sqrt(2 L), as in GPT-2, so that its variance stays about one.
+        """
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            generator = torch.Generator().manual_seed(seed_of(seed, name))
+            std = 0.02 if "embed_tokens" in name or "lm_head" in name else p.shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= math.sqrt(2 * self.config.n_layer)
+            fill(p, torch.randn(p.shape, generator=generator) * std)
+        for buffer in self.buffers():  # the routers' bias
+            buffer.zero_()
+        return self
+
+@torch.no_grad()
+def fill(target, whole) -> None:
+    """Copy a whole tensor into a parameter, or into this rank's share of one (a DTensor); nothing is sent."""
+    if hasattr(target, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+
+        whole = whole.to(target.device_mesh.device_type)
+        whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(whole)
+
+def seed_of(*parts) -> int:
+    """Make a 63-bit seed from anything printable, the same in every process and on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**26}  # logits that stand in memory at once: 16 MB fit a CPU's cache
+KEEP_LOGITS = 2**27  # beyond this many in all, they are computed again in the backward pass instead of kept
+
+def token_losses(hidden, head: nn.Module, targets, V: int):
+    """Compute -log p(target) of each token: (B, T, C), (B, T) -> (B, T), or (N, C), (N,) -> (N,); float32.
+
+    0 where the target is IGNORE. In chunks of tokens: (N, V) logits at once would fill the memory.
+    """
+    x = hidden.flatten(0, -2)  # (N, C)
+    t = targets.flatten()
+    rows = max(64, CHUNK_LOGITS.get(x.device.type, 2**26) // V)
+    again = torch.is_grad_enabled() and x.shape[0] * V > KEEP_LOGITS
+
+    def chunk(x, t):
+        return F.cross_entropy(head(x).float(), t, ignore_index=IGNORE, reduction="none")
+
+    step = functools.partial(checkpoint, chunk, use_reentrant=False) if again else chunk
+    losses = [step(*part) for part in zip(x.split(rows), t.split(rows), strict=True)]
+    return torch.cat(losses).view(targets.shape)
+
+def count_params(config: Config) -> tuple[int, int]:
+    """Count all parameters, and those that one token meets, on the meta device: nothing is allocated."""
+    with torch.device("meta"):
+        total = sum(p.numel() for p in Transformer(config).parameters())
+    sparse = sum(config.is_sparse(layer) for layer in range(config.n_layer))
+    idle = sparse * max(0, config.n_expert - config.n_expert_active)
+    return total, total - idle * 3 * config.n_embd * config.expert_dim
+
+class Cache:
+    """Keep the keys and values of all layers for up to `slots` tokens a row, which remember their positions.
+
+    A slot at position -1 (padding, or never written) is invisible, so prompts of unequal length share a
+    batch: pad on either side, give the pads position -1. All rows take the same next slots.
+    """
+
+    def __init__(self, config: Config, batch: int, slots: int, device=None, dtype=None):
+        shape = (config.n_layer, batch, config.n_kv_head, slots, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.positions = torch.full((batch, slots), -1, device=device)
+        self.n = 0  # slots in use
+        self.ragged = False  # does any row differ from 0, 1, 2 ...?
+
+    def claim(self, positions) -> None:
+        """Take the next T slots for tokens at these positions, (T,) or (B, T): once a forward pass."""
+        T = positions.shape[-1]
+        slots = self.positions.shape[1]
+        check(self.n + T <= slots, f"{self.n + T} tokens do not fit a cache of {slots}: ask for fewer.")
+        self.positions[:, self.n : self.n + T] = positions
+        self.ragged |= positions.dim() > 1
+        self.n += T
+
+    def update(self, layer: int, k, v):
+        """Write a layer's keys and values (B, K, T, D) into the claimed slots -> all so far (B, K, S, D)."""
+        start = self.n - k.shape[2]
+        self.k[layer, :, :, start : self.n] = k
+        self.v[layer, :, :, start : self.n] = v
+        return self.k[layer, :, :, : self.n], self.v[layer, :, :, : self.n]
+
+    def rewind(self, n: int) -> None:
+        """Forget all but the first n slots (a rejected draft, a turn taken back)."""
+        self.positions[:, n:] = -1
+        self.n = n
+        self.ragged &= n > 0
+
+    def select(self, rows) -> None:
+        """Keep these rows, in this order and as often as they are named."""
+        self.k = self.k[:, rows]
+        self.v = self.v[:, rows]
+        self.positions = self.positions[rows]
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+def greedy(logits):  # (B, V) -> (B,)
+    return logits.argmax(-1)
+
+@torch.inference_mode()
+def generate(model, prompts, max_new_tokens, pick=greedy, eos_id=(), samples=1, rows=256) -> list[list[int]]:
+    """Continue each prompt -> the new ids of each, up to and with eos_id (one id, or several).
+
+    max_new_tokens: one number for all, or a list with each prompt's. pick: logits (B, V) -> ids (B,);
+    sample.py has others. samples: so many continuations of each prompt, one after the other in the result.
+    rows: the most texts at once; prompts of like length are read together, so that little padding is read.
+    """
+    check(prompts and all(prompts), "A prompt needs at least one token: begin with the end-of-text token.")
+    model.eval()
+    weight = next(model.parameters())
+    device = weight.device
+    stop = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    out = [[] for _ in range(len(prompts) * samples)]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    size = max(1, rows // samples)
+    for some in (order[i : i + size] for i in range(0, len(order), size)):
+        # 1. read the prompts; pads stand on the right, where no token of a prompt sees them
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(prompts[i]) for i in some], batch_first=True).to(device)
+        lengths = torch.tensor([len(prompts[i]) for i in some], device=device)
+        B, T = ids.shape
+        slots = T + max(limits[i] for i in some)
+        cache = Cache(model.config, B, slots, device, model.compute_dtype or weight.dtype)
+        logits, _ = model(ids, at=torch.arange(B, device=device) * T + lengths - 1, cache=cache)  # (B, V)
+        cache.positions[cache.positions >= lengths[:, None]] = -1
+        cache.ragged = True
+        # 2. a row for each sample
+        alive = [i * samples + n for i in some for n in range(samples)]  # the text of each row
+        rows_of = torch.arange(B, device=device).repeat_interleave(samples)
+        cache.select(rows_of)
+        logits, positions = logits[rows_of], lengths[rows_of, None]
+        # 3. write a token of each text at a time; a text that has ended leaves the batch
+        while alive:
+            ids = pick(logits.float())
+            for text, token in zip(alive, ids.tolist(), strict=True):
+                out[text].append(token)
+            going = [row for row, text in enumerate(alive)
+                     if len(out[text]) < limits[text // samples] and out[text][-1] not in stop]
+            if len(going) < len(alive):
+                alive = [alive[r] for r in going]
+                ids, positions = ids[going], positions[going]
+                cache.select(going)
+            if alive:
+                logits = model(ids[:, None], positions=positions, cache=cache, output="last")[0][:, -1]
+                positions = positions + 1
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Part II: the folders
+# ------------------------------------------------------------------------------------------------------------
+
+
+# Sizes by name. `nano` learns in a minute, `micro` in the minutes of the default run; `small` is GPT-2's.
+LLAMA = Config(norm_eps=1e-5, qk_norm=False, tie=False, head_dim=128, vocab_size=32_000, seq_len=4096)
+PRESETS = {
+    "nano": Config(n_layer=4, n_head=4, n_kv_head=4, n_embd=128, head_dim=32, ffn_dim=384, seq_len=128),
+    "micro": Config(n_layer=4, n_head=3, n_kv_head=3, n_embd=192, ffn_dim=512),
+    "mini": Config(n_layer=6, n_head=6, n_kv_head=6, n_embd=384, ffn_dim=1024),
+    "small": Config(n_layer=12, n_head=12, n_kv_head=12, n_embd=768, ffn_dim=2048, seq_len=1024),
+    "medium": Config(n_layer=24, n_head=16, n_kv_head=8, n_embd=1024, ffn_dim=2816, seq_len=1024),
+    "1b": Config(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, ffn_dim=8192, seq_len=4096, rope_theta=5e5),
+    "llama-2-7b": LLAMA.replace(n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, ffn_dim=11_008),
+    "llama-2-70b": LLAMA.replace(n_layer=80, n_head=64, n_kv_head=8, n_embd=8192, ffn_dim=28_672),
+    "llama-3-8b": LLAMA.replace(vocab_size=128_256, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096,
+                                ffn_dim=14_336, seq_len=8192, rope_theta=5e5),
+    "mixtral-8x7b": LLAMA.replace(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, ffn_dim=14_336,
+                                  seq_len=32_768, rope_theta=1e6, n_expert=8, expert_dim=14_336),
+    "qwen3-30b-a3b": Config(vocab_size=151_936, n_layer=48, n_head=32, n_kv_head=4, n_embd=2048, head_dim=128,
+                            ffn_dim=6144, seq_len=40_960, tie=False, rope_theta=1e6, n_expert=128,
+                            n_expert_active=8, expert_dim=768),
+}
+
+def round_up(n: int, multiple: int = 64) -> int:
+    """Round a size up, since matrix kernels like whole tiles: 76 -> 128."""
+    return -(-n // multiple) * multiple
+
+def resize(preset: str, n_layer=None, n_embd=None, seq_len=None, **fields) -> Config:
+    """Build a preset with other sizes and fields; those that are not given follow in its proportions."""
+    check(preset in PRESETS, f"--preset is one of {', '.join(PRESETS)}; not {preset!r}.")
+    base = PRESETS[preset]
+    sizes = {"n_layer": n_layer, "n_embd": n_embd, "seq_len": seq_len}
+    fields |= {name: size for name, size in sizes.items() if size is not None}
+    for name, value in fields.items():
+        check_field(name, value)
+    if fields.keys() & {"n_embd", "n_head"}:
+        width = fields.get("n_embd", base.n_embd)
+        heads = fields.setdefault("n_head", max(1, width // base.head_dim))
+        check(width % heads == 0, f"A width of {width} does not divide into {heads} heads.")
+        fields.setdefault("head_dim", width // heads)
+        group = base.n_head // base.n_kv_head
+        fields.setdefault("n_kv_head", heads // group if heads % group == 0 else heads)
+        fields.setdefault("ffn_dim", round_up(width * base.ffn_dim // base.n_embd))
+    if fields.get("n_expert"):  # a token costs what the dense model's does
+        used = fields.get("n_expert_active", base.n_expert_active) + fields.get("n_expert_shared", 0)
+        fields.setdefault("expert_dim", max(8, fields.get("ffn_dim", base.ffn_dim) // used))
+        fields.setdefault("router_bias", fields.get("balance") == "bias")
+    elif not base.n_expert:
+        experts = NAMES[NAMES.index("n_expert") + 1 :]
+        useless = [name for name in experts if name in fields and name != "dropout"]
+        check(not useless, f"--set {', '.join(useless)} needs experts: --set n_expert=8.")
+    return base.replace(**fields)
+
+# Our field -> the key in config.json, in every family.
+KEYS = {
+    "vocab_size": "vocab_size", "seq_len": "max_position_embeddings", "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
+    "head_dim": "head_dim", "ffn_dim": "intermediate_size", "norm_eps": "rms_norm_eps",
+    "tie": "tie_word_embeddings", "eos_id": "eos_token_id", "pad_id": "pad_token_id",
+}
+NAMES = list(Config.__dataclass_fields__)
+TRAINING = NAMES[NAMES.index("dropout") :]  # no checkpoint carries these
+OWN = [name for name in NAMES if name not in (*KEYS, *TRAINING, "rope_theta", "head")]
+SCORE = "ForSequenceClassification"  # ends the name of a stock class with a score head
+
+@dataclass(frozen=True)
+class Family:
+    """Say what sets one published architecture apart from its neighbours."""
+
+    model_type: str
+    fixed: dict = dataclasses.field(default_factory=dict)  # fields of Config that its class fixes
+    keys: dict = dataclasses.field(default_factory=dict)  # further fields -> keys of its config.json
+    window: str = "none"  # which windows it can say: "none", "all" (every layer the same) or "any"
+    renames: dict = dataclasses.field(default_factory=dict)  # parts of our tensors' names -> of its own
+    derived_head_dim: bool = False  # config.json does not say head_dim: it is n_embd / n_head
+    has_score: bool = True  # transformers has its class with a score head
+    dense_layers: str = "none"  # which layers may stay dense among experts: "none", "any" or "first" (moe.py)
+
+FAMILIES = {  # those with experts stand in moe.py
+    "LlamaForCausalLM": Family("llama"),
+    "MistralForCausalLM": Family("mistral", window="all"),
+    "Qwen2ForCausalLM": Family("qwen2", {"qkv_bias": True}, window="any", derived_head_dim=True),
+    "Qwen3ForCausalLM": Family("qwen3", {"qk_norm": True}, window="any"),
+}
+
+@functools.lru_cache
+def family_of(config: Config) -> tuple[str, Family | None]:
+    """Find the stock class that a config exactly is: written as that class and read again it is the same."""
+    config = config.replace(**{name: getattr(Config, name) for name in TRAINING})
+    for name, family in (load_moe().FAMILIES if config.n_expert else FAMILIES).items():
+        can_score = family.has_score or config.head == "lm"
+        if can_score and config_from_hf(write_as(config, name, family)) == config:
+            return name, family
+    return ("OctavoForCausalLM" if config.causal else "OctavoForMaskedLM"), None
+
+def config_to_hf(config: Config) -> dict:
+    """Write config.json as the stock class that the config exactly is, or as model_type "octavo"."""
+    return write_as(config, *family_of(config))
+
+def write_as(config: Config, name: str, family: Family | None) -> dict:
+    """Write a config under the keys of a family, as far as it has some; without a family under our names."""
+    hf = {"architectures": [name], "hidden_act": "silu", "initializer_range": 0.02, "use_cache": True,
+          "dtype": "float32", "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+    hf |= {key: getattr(config, field) for field, key in KEYS.items()}
+    if config.head == "score":  # transformers counts the scores by their labels
+        hf |= {"architectures": [name.partition("For")[0] + SCORE], "id2label": {"0": "LABEL_0"},
+               "label2id": {"LABEL_0": 0}}
+    if not family:
+        return hf | {"model_type": "octavo"} | {field: getattr(config, field) for field in OWN}
+    sliding = [w for w in config.windows if w is not None]
+    hf |= {"model_type": family.model_type, "sliding_window": sliding[0] if sliding else None}
+    if family.window == "any":
+        hf["use_sliding_window"] = bool(sliding)
+        hf["layer_types"] = ["sliding_attention" if w else "full_attention" for w in config.windows]
+    if config.n_expert:
+        hf |= {key: getattr(config, field) for field, key in family.keys.items()}
+        hf |= load_moe().dense_layers_to_hf(config, family)
+    return hf
+
+def config_from_hf(hf: dict) -> Config:
+    """Read the config of a Hugging Face folder; a UserError names what is not supported."""
+    name = (hf.get("architectures") or ["?"])[0]
+    head = "score" if name.endswith(SCORE) else "lm"
+    name = name.replace(SCORE, "ForCausalLM")
+    scores = len(hf.get("id2label") or (0, 1))
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    act = hf.get("hidden_act", "silu")
+    missing = [KEYS[field] for field in ("vocab_size", "n_layer", "n_head", "n_embd", "ffn_dim")
+               if hf.get(KEYS[field]) is None]
+    check(head == "lm" or scores == 1, f"This model gives {scores} scores to a text; only one is supported.")
+    check(kind == "default", f"Rotary positions of type {kind!r} are not supported yet, only the plain ones.")
+    check(act == "silu", f"The activation {act!r} is not supported yet, only silu (SwiGLU).")
+    check(not missing, f"config.json does not say {', '.join(missing)}.")
+    fields = {field: hf[key] for field, key in KEYS.items() if hf.get(key) is not None}
+    n_layer, heads = fields["n_layer"], fields["n_head"]
+    fields = {"head": head, "tie": False, "n_kv_head": heads, "head_dim": fields["n_embd"] // heads} | fields
+    fields["rope_theta"] = float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0)))
+    if isinstance(fields.get("eos_id"), list):
+        fields["eos_id"] = fields["eos_id"][0]
+    if hf.get("model_type") == "octavo":
+        earlier = load_moe().read_earlier(hf["moe"]) if hf.get("moe") else {}
+        return Config(**fields | {field: hf[field] for field in OWN if field in hf} | earlier)
+
+    families = FAMILIES if name in FAMILIES else FAMILIES | load_moe().FAMILIES
+    check(name in families, f"A {name} cannot be opened yet; the families are {', '.join(families)}.")
+    biased = hf.get("attention_bias") or hf.get("mlp_bias")
+    check(not biased, f"A {name} with biases on every matrix is not supported yet.")
+    family = families[name]
+    if family.derived_head_dim:
+        fields["head_dim"] = fields["n_embd"] // heads
+    experts = load_moe().experts_from_hf(hf, family, n_layer) if family.keys else {}
+    window = windows_from_hf(hf, family, n_layer)
+    return Config(**{"qk_norm": False} | family.fixed | fields | {"window": window} | experts)
+
+def windows_from_hf(hf: dict, family: Family, n_layer: int) -> tuple[int | None, ...]:
+    """Read the window of each layer; Qwen's older folders say from which layer on they slide."""
+    width = hf.get("sliding_window")
+    per_layer = family.window == "any"
+    if width is None or family.window == "none" or (per_layer and not hf.get("use_sliding_window", False)):
+        return ()
+    full = min(n_layer, hf.get("max_window_layers", 28)) if per_layer else 0
+    types = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (n_layer - full)
+    return tuple(width if kind == "sliding_attention" else None for kind in types)
+
+def hf_name(name: str, config: Config) -> str:
+    """Name a tensor as Hugging Face does: norm.weight -> model.norm.weight."""
+    family = family_of(config)[1] if config.n_expert else None
+    for ours, theirs in (family.renames if family else {}).items():
+        name = name.replace(ours, theirs)
+    return name if name.startswith(("lm_head.", "score.")) else f"model.{name}"
+
+# ---- Saving: all of the old files or all of the new ones
+
+JOURNAL = "state/commit.json"
+
+def save_files(folder: str | Path, files: dict[str, str | Callable | None], remove=()) -> None:
+    """Write files so that a kill at any moment leaves all of the old ones or all of the new ones.
+
+    files: name -> a text, a function that writes to the path it is given, or None for what stands as NAME.new
+    already. remove: names that go. What else is in the folder, the user's own, stays.
+
+    Each is first written as NAME.new; then a journal that lists them is put in place by one rename; then they
+    are renamed, and the journal goes. Cut off before the journal stands, the old files are whole; after it,
+    the next reader goes on (`finish_save`).
+    """
+    folder = Path(folder)
+    finish_save(folder)
+    journal = json.dumps({"ready": list(files), "remove": list(remove)})
+    try:
+        for name, content in [*files.items(), (JOURNAL, journal)]:
+            path = folder / f"{name}.new"
+            if not path.parent.is_dir():
+                path.parent.mkdir(parents=True)
+            if isinstance(content, str):
+                path.write_text(content, encoding="utf-8", newline="\n")
+            elif content is not None:
+                content(path)
+            if path.is_file():
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())  # else a power cut after its rename would leave it empty
+        os.replace(folder / f"{JOURNAL}.new", folder / JOURNAL)
+    except (OSError, SafetensorError) as error:
+        for name in [*files, JOURNAL]:
+            clear(folder / f"{name}.new")
+        raise UserError(f"{folder} could not be written ({error}); what it held before is whole.") from None
+    finish_save(folder)
+
+def finish_save(folder: str | Path) -> None:
+    """Finish a save that was cut off after its journal stood; every reader of a folder begins so."""
+    folder = Path(folder)
+    journal = folder / JOURNAL
+    if not journal.is_file():
+        return
+    record = read_json(journal)
+    try:
+        names = [*map(Path, record["ready"]), *map(Path, record["remove"])]
+    except (KeyError, TypeError):
+        raise UserError(f"{journal} is damaged: it has to hold two lists of names.") from None
+    outside = [str(name) for name in names if name.is_absolute() or ".." in name.parts]
+    check(not outside, f"{journal} names {', '.join(outside)}, outside of its folder: it is not ours.")
+    try:
+        for name in record["ready"]:
+            new = folder / f"{name}.new"
+            if new.is_dir():
+                clear(folder / name)
+            with contextlib.suppress(FileNotFoundError):  # renamed before the cut, or by another process
+                os.replace(new, folder / name)
+        for name in record["remove"]:
+            clear(folder / name)
+        journal.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"The save into {folder} could not be finished ({error}).") from None
+    with contextlib.suppress(OSError):
+        journal.parent.rmdir()  # a data folder keeps no state
+
+def clear(path: Path) -> None:
+    """Remove a file or a folder of our own, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        raise UserError(f"{path} {why}.") from None
+    check(isinstance(content, dict), f"{path} cannot be read: it is not a JSON object.")
+    return content
+
+def read_tensors(path: Path, device="cpu") -> Iterator:
+    """Read (name, tensor) of a safetensors file, one at a time; a UserError when it is cut off or damaged."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or cut off ({error}).") from None
+
+# ---- The checkpoint folder
+
+CHAT_TEMPLATE = (  # ChatML
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+def render(tokenizer, messages: list[dict], reply: bool = False) -> tuple[list[int], list[bool]]:
+    """Turn [{"role", "content"}, ...] into ids as CHAT_TEMPLATE does -> (ids, did the assistant write it?).
+
+    The end of the assistant's turn counts as its own: fine-tuning trains it. reply: end with the header of
+    the assistant's turn. Content is ordinary text: a user who writes <|im_end|> ends nothing.
+    """
+    check(tokenizer.im_start_id is not None and tokenizer.im_end_id is not None,
+          "This tokenizer has no <|im_start|> and <|im_end|>: it was not made for conversations.")
+    newline = tokenizer.encode("\n")
+    ids, own = [], []
+    for message in messages:
+        header = len(tokenizer.encode(message["role"] + "\n"))
+        text = tokenizer.encode(f"{message['role']}\n{message['content']}")
+        ids += [tokenizer.im_start_id, *text, tokenizer.im_end_id, *newline]
+        own += [False] * (1 + header)
+        own += [message["role"] == "assistant"] * (len(text) - header + 1) + [False] * len(newline)
+    if reply:
+        ids += [tokenizer.im_start_id, *tokenizer.encode("assistant\n")]
+        own += [False] * (len(ids) - len(own))
+    return ids, own
+
+def load_tokenizer(folder: str | Path):
+    """Load a folder's tokenizer, by tokenize.py's path: `import tokenize` gives Python's own module."""
+    module = sys.modules.get("octavo_tokenize")
+    if module is None:
+        path = Path(__file__).with_name("tokenize.py")
+        spec = importlib.util.spec_from_file_location("octavo_tokenize", path)
+        module = sys.modules["octavo_tokenize"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finish_save(folder)
+    return module.Tokenizer.load(folder)
+
+def find_checkpoint(folder: str | Path, shards: bool = False) -> Path:
+    """Find the checkpoint in a folder, or say what there is instead. shards: those of a run count too."""
+    folder = Path(folder)
+    finish_save(folder)
+    sharded = (folder / "state" / "shards").is_dir()
+    whole = any(folder.glob("model*.safetensors"))
+    if (folder / "config.json").is_file() and (whole or (shards and sharded)):
+        return folder
+    check(not sharded, f"{folder} holds the shards of a run: python parallel.py export {folder} joins them.")
+    raise UserError(f"{folder} holds no checkpoint (config.json, model.safetensors): train one first.")
+
+def save_checkpoint(folder, model, tokenizer: str | Path, *, state=None, weights: dict | None = None) -> None:
+    """Write a Hugging Face folder.
+
+    tokenizer: the tokenizer.json to carry along. state: (tensors, JSON object) of a run that can go on.
+    weights: by our names, where `model` holds only a rank's share of them.
+    """
+    weights = weights or model.state_dict()
+    weights = {hf_name(n, model.config): p.detach().cpu().contiguous() for n, p in weights.items()}
+    if model.config.tie:
+        weights.pop("lm_head.weight", None)
+    files = checkpoint_files(model.config, tokenizer)
+    files["model.safetensors"] = lambda path: save_file(weights, path, {"format": "pt"})
+    stale = ["model.safetensors.index.json", "state/shards"]
+    if state is None:
+        stale += ["state/optimizer.safetensors", "state/state.json"]
+    else:
+        files["state/optimizer.safetensors"] = lambda path: save_file(state[0], path)
+        files["state/state.json"] = json.dumps(state[1], indent=1) + "\n"
+    save_files(folder, files, stale)
+
+def checkpoint_files(config: Config, tokenizer: str | Path) -> dict[str, str]:
+    """Make the texts of a checkpoint folder: all of it but the tensors."""
+    texts = {
+        "config.json": config_to_hf(config),
+        "generation_config.json": {"eos_token_id": config.eos_id, "pad_token_id": config.pad_id,
+                                   "do_sample": True, "temperature": 0.7, "top_p": 0.9},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>",
+            "pad_token": "<|pad|>", "mask_token": "<|mask|>", "model_max_length": config.seq_len,
+            "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE},
+    }
+    files = {name: json.dumps(content, indent=2) + "\n" for name, content in texts.items()}
+    return files | {"tokenizer.json": read_tokenizer(tokenizer).decode()}
+
+def load_config(folder: str | Path, shards: bool = False) -> Config:
+    return config_from_hf(read_json(find_checkpoint(folder, shards) / "config.json"))
+
+def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Transformer:
+    """Load a model of a supported family from its Hugging Face folder, in evaluation mode."""
+    config = load_config(folder)
+    with torch.device("meta"):
+        model = Transformer(config)
+    expected = dict(model.named_parameters()) | dict(model.named_buffers())
+    names = {hf_name(n, config): n for n in expected}
+    found = {}
+    for path in sorted(Path(folder).glob("model*.safetensors")):  # one file, or the shards of a large model
+        for name, tensor in read_tensors(path, device):
+            name = names.get(name, name.removeprefix("model."))
+            if (name == "lm_head.weight" and config.tie) or name.endswith("rotary_emb.inv_freq"):
+                continue
+            check(name in expected, f"{path} holds a tensor {name!r} that its config.json has no place for.")
+            shape = tuple(expected[name].shape)
+            check(tensor.shape == shape, f"{path}: {name} is {tuple(tensor.shape)} and has to be {shape}.")
+            found[name] = tensor.to(dtype or tensor.dtype)
+    missing = sorted(expected.keys() - found.keys())
+    check(not missing, f"{folder} lacks {len(missing)} tensors, {', '.join(missing[:1])} among them.")
+    model.load_state_dict(found, strict=False, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+def load_state(folder: str | Path) -> tuple[dict, dict]:
+    """Load what a run needs to go on exactly: (optimizer tensors by name, JSON object)."""
+    state = saved_state(folder)
+    return dict(read_tensors(find_checkpoint(folder) / "state" / "optimizer.safetensors")), state
+
+def saved_state(folder: str | Path) -> dict:
+    """Read what a folder says of its run: the step, the options, the positions in the data."""
+    path = find_checkpoint(folder, shards=True) / "state" / "state.json"
+    check(path.is_file(), f"{folder} is a finished model without the state of its run: it cannot be resumed.")
+    return read_json(path)
+
+# ---- The data folder
+
+class Tokens:
+    """Read one split of a data folder: windows of T tokens and the token after each.
+
+    The text is a circle (the last document's end is followed by the first document), cut into windows anew in
+    each epoch from a random starting point, and the windows come in a random order. Both depend on (seed,
+    epoch) alone, so a position, the number of windows taken so far, says exactly what comes next, for any
+    batch size and any number of ranks; and each token is a target once an epoch.
+    """
+
+    def __init__(self, folder: str | Path, split: str):
+        finish_save(folder)
+        self.folder = Path(folder)
+        self.path = self.folder / f"{split}.bin"
+        self.meta = read_json(self.folder / "meta.json")
+        try:
+            self.dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+            self.n = self.meta["splits"][split]["tokens"]
+            self.bytes = self.meta["splits"][split]["bytes"]
+            self.vocab_size = self.meta["vocab_size"]
+            self.eot_id = self.meta["eot_id"]
+            self.file = open(self.path, "rb")
+            size = os.fstat(self.file.fileno()).st_size
+        except (KeyError, TypeError, OSError) as error:
+            raise UserError(f"{self.path} cannot be read (meta.json, {error!r}): prepare it anew.") from None
+        check(size == self.n * self.dtype.itemsize, f"{self.path} is cut off: {size} bytes, where meta.json "
+              f"counts {self.n} tokens of {self.dtype.itemsize}; run tokenize.py prepare again.")
+        check(self.n >= 2, f"{self.path} has {self.n} tokens, too few to predict one: prepare more text.")
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Read tokens [start, start + count) of the circle. Not mapped: a shrunken file would be a crash."""
+        start %= self.n
+        head = min(count, self.n - start)
+        self.file.seek(start * self.dtype.itemsize)
+        ids = np.frombuffer(self.file.read(head * self.dtype.itemsize), dtype=self.dtype)
+        check(len(ids) == head, f"{self.path} became shorter while it was read: restore it, then --resume.")
+        largest = int(ids.max(initial=0))
+        check(largest < self.vocab_size, f"{self.path} holds token {largest}, beyond the vocabulary of "
+              f"{self.vocab_size}: prepare it anew.")
+        return ids if head == count else np.concatenate([ids, self.read(0, count - head)])
+
+    def rows(self, starts, counts, T: int, B: int):
+        """Read windows -> inputs, targets (B, T), of each window so many targets as `counts` says."""
+        x = np.full((B, T), self.eot_id, np.int64)
+        y = np.full((B, T), IGNORE, np.int64)
+        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            ids = self.read(int(start), T + 1)
+            x[row] = ids[:-1]
+            y[row, :count] = ids[1 : count + 1]
+        return torch.from_numpy(x), torch.from_numpy(y)
+
+    def batch(self, position: int, count: int, T: int, seed: int = 0):
+        """Read windows position .. position + count of the endless order -> inputs, targets (count, T)."""
+        starts, counts = [], []
+        for i in range(position, position + count):
+            epoch, i = divmod(i, self.windows(T))
+            offset, order = self.order(epoch, T, seed)
+            starts.append(offset + int(order[i]) * T)
+            counts.append(min(T, self.n - int(order[i]) * T))  # the last window runs on into the first
+        return self.rows(starts, counts, T, count)
+
+    def windows(self, T: int) -> int:
+        """Count the windows of an epoch."""
+        return -(-self.n // T)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (these few live as long as the process)
+    def order(self, epoch: int, T: int, seed: int) -> tuple[int, np.ndarray]:
+        """Draw an epoch's starting point and the order of its windows."""
+        rng = np.random.default_rng([seed, epoch])
+        return int(rng.integers(T)), rng.permutation(self.windows(T))
+
+    def in_order(self, T: int, B: int, limit: int | None = None, rank: int = 0, world: int = 1):
+        """Read the text from its first token to its last, each a target once: batches (inputs, targets).
+
+        limit: about how many tokens, as evenly spread windows, the same ones at every call. All batches have
+        B rows and all ranks the same number of them (rows without a target fill up): a rank that has none
+        left would let the others wait, and a batch of another size would be compiled anew.
+        """
+        starts = np.arange(0, self.n - 1, T)
+        if limit and limit < self.n:
+            starts = starts[np.linspace(0, len(starts) - 1, max(1, limit // T)).astype(int)]
+        share = -(-len(starts) // world)
+        starts = starts[rank::world]
+        B = min(B, share)
+        for i in range(0, share, B):
+            some = starts[i : i + B]
+            yield self.rows(some, np.minimum(T, self.n - 1 - some), T, B)
+
+    def documents(self, x):
+        """Number the document of each token in its row: (B, T) -> (B, T); a document's end belongs to it."""
+        ends = (x == self.eot_id).int()
+        return ends.cumsum(1) - ends
+
+    @functools.cached_property
+    def token_bytes(self) -> torch.Tensor:
+        """Count the bytes of text that each id stands for (V,); 0 for special tokens, which nobody wrote."""
+        tokenizer = load_tokenizer(self.folder)
+        special = set(tokenizer.special.values())
+        return torch.tensor([0 if i in special else len(b) for i, b in enumerate(tokenizer.token_bytes)])
+
+def open_data(specs) -> tuple[list[Tokens], list[Tokens], list[float]]:
+    """Open FOLDER or FOLDER:WEIGHT, several -> training splits, validation splits, weights."""
+    folders, weights = [], []
+    for spec in specs:
+        folder, weight = re.fullmatch(r"(.+?)(?::(\d*\.?\d+))?", spec).groups("1")
+        check(float(weight) > 0, f"--data {spec}: a weight has to be above zero.")
+        check(Path(folder).is_dir(), f"There is no data folder {folder}: tokenize.py prepare makes one.")
+        folders.append(folder)
+        weights.append(float(weight))
+    check(len({read_tokenizer(f"{folder}/tokenizer.json") for folder in folders}) == 1,
+          "The data folders have different tokenizers: prepare them with the same --tokenizer.")
+    return [Tokens(f, "train") for f in folders], [Tokens(f, "val") for f in folders], weights
+
+def read_tokenizer(path: str | Path) -> bytes:
+    check(Path(path).is_file(), f"{path} is missing: prepare the data again, or copy what belongs there.")
+    return Path(path).read_bytes()
+
+def fingerprint(sources: list[Tokens]) -> list:
+    """Note enough of data folders to notice that one is not what it was: sizes, files, tokenizer."""
+    tokenizers = [seed_of(read_tokenizer(t.folder / "tokenizer.json")) for t in sources]
+    return [[t.n, t.meta.get("files_sha256"), seed] for t, seed in zip(sources, tokenizers, strict=True)]
+
+class Batches:
+    """Give a rank its micro-batches of each step, read one step ahead.
+
+    The windows of a step are drawn from the sources by weight, as (seed, step) say, the same on all ranks;
+    each source comes in its own seeded order. `taken`, the windows of each source so far, is all that a run
+    remembers of its data. change: (x, y, rows) -> (x, y), an objective's own (train.mask_tokens).
+    """
+
+    def __init__(self, sources, weights, o, T: int, device, rank=0, world=1, taken=None, change=None):
+        self.sources, self.o, self.T, self.device = sources, o, T, device
+        self.rank, self.world, self.change = rank, world, change
+        self.share = np.array(weights) / sum(weights)
+        self.taken = list(taken or [0] * len(sources))
+        self.pool = ThreadPoolExecutor(1)
+        self.ahead = (None, None)  # the step that is being read, and its future
+
+    def read(self, step: int, taken: list[int]):
+        """Read a rank's part of a step -> [(inputs, targets, documents)], windows of all ranks, `taken`."""
+        o, taken = self.o, list(taken)
+        count = windows_at(step, o.tokens_per_step // self.T, o.batch_ramp, self.world)
+        rng = np.random.default_rng([o.seed, step])
+        plan = []  # (source, position in its order) of each window of the global batch
+        for source in rng.choice(len(self.share), count, p=self.share).tolist():
+            plan.append((source, taken[source]))
+            taken[source] += 1
+        mine = plan[self.rank * count // self.world : (self.rank + 1) * count // self.world]
+        batches = []
+        for rows in (mine[i : i + o.micro_batch] for i in range(0, len(mine), o.micro_batch)):
+            windows = [self.sources[source].batch(position, 1, self.T, o.seed) for source, position in rows]
+            x, y = (torch.cat(parts) for parts in zip(*windows, strict=True))
+            documents = self.sources[0].documents(x) if o.doc_mask else None
+            if self.change:
+                x, y = self.change(x, y, rows)
+            batches.append((x, y, documents))
+        return batches, count, taken
+
+    def at(self, step: int):
+        """Give this rank's micro-batches of a step, and how many targets and windows all ranks have in it."""
+        if self.ahead[0] != step:
+            self.ahead = (step, self.pool.submit(self.read, step, self.taken))
+        batches, windows, self.taken = self.ahead[1].result()
+        self.ahead = (step + 1, self.pool.submit(self.read, step + 1, self.taken))
+        targets = torch.tensor(float(sum((y != IGNORE).sum() for _, y, _ in batches)), device=self.device)
+        return self.move(batches), sum_over_ranks(targets), windows
+
+    def peek(self):
+        """Give the micro-batches of the step that comes next."""
+        return self.move(self.ahead[1].result()[0])
+
+    def move(self, batches):
+        """Send micro-batches to the device; to a GPU from pinned memory, while it computes."""
+        if self.device.type == "cuda":
+            batches = [tuple(t if t is None else t.pin_memory() for t in batch) for batch in batches]
+        return [tuple(t if t is None else t.to(self.device, non_blocking=True) for t in b) for b in batches]
+
+def windows_at(step: int, full: int, ramp_steps: int, world: int = 1) -> int:
+    """Count the sequences of a step: while the batch ramps, from an eighth to all, in multiples of the ranks.
+
+    >>> [windows_at(s, 64, 4) for s in range(6)]
+    [8, 22, 36, 50, 64, 64]
+    """
+    if step >= ramp_steps:
+        return full
+    return max(1, int(full * (0.125 + 0.875 * step / ramp_steps)) // world) * world
+
+@torch.no_grad()
+def evaluate(model, tokens: Tokens, T: int, B: int = 16, limit: int | None = None, *, forward=None,
+             share=None, doc_mask: bool = False) -> dict:
+    """Measure {"val_loss": nats per token, "val_bpb": bits per byte of text, "val_tokens"} in every chapter.
+
+    forward: (inputs, targets, documents) -> loss per token, the model's own by default. Sums over all ranks;
+    share: which part of the text is this rank's, (rank, world), where ranks that split a model read the same.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    rank, world = share or rank_and_world()
+    total = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    for x, y in tokens.in_order(T, B, limit, rank, world):
+        xd, yd = x.to(device), y.to(device)
+        documents = tokens.documents(xd) if doc_mask else None
+        losses = forward(xd, yd, documents) if forward else model(xd, yd, doc_ids=documents)[0]
+        real = y[y != IGNORE]
+        total += torch.tensor([losses.cpu().double().sum(), len(real), tokens.token_bytes[real].sum()])
+    total = sum_over_ranks(total)
+    model.train(was_training)
+    nats, count, size = (total / (rank_and_world()[1] / world)).tolist()
+    return {"val_loss": nats / count, "val_bpb": nats / math.log(2) / max(size, 1), "val_tokens": int(count)}
+
+def evaluate_mixture(evaluate_one: Callable, sources: list[Tokens], weights) -> dict:
+    """Evaluate each source -> the means by weight of what `evaluate_one` finds, and each source's loss."""
+    results = [evaluate_one(tokens) for tokens in sources]
+    share = np.array(weights) / sum(weights)
+    total = {name: float(share @ [r[name] for r in results]) for name in results[0]}
+    total["val_tokens"] = sum(r["val_tokens"] for r in results)
+    if len(sources) > 1:
+        total |= {f"val_loss_{t.folder.name}": r["val_loss"] for t, r in zip(sources, results, strict=True)}
+    return total
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Part III: the run
+# ------------------------------------------------------------------------------------------------------------
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+def pick_device(name: str = "auto") -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"Device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Choose the precision of activations and products; auto: bf16 where the machine multiplies it faster."""
+    check(name in (*DTYPES, "auto"), f"--dtype is one of auto, {', '.join(DTYPES)}; not {name!r}.")
+    if name in DTYPES:
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()  # public from 2.13 on
+    return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
+
+def synchronize(device: torch.device) -> None:
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.15) -> float:
+    """Measure the FLOP/s of the best large matrix product on this machine, now: the denominator of MFU."""
+    n = 8192 if device.type == "cuda" else 256 if dtype == torch.float16 and device.type == "cpu" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    times = []
+    end = time.perf_counter() + seconds
+    while len(times) < 2 or time.perf_counter() < end:  # the first one warms up
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times[1:])
+
+@dataclass
+class Ranks:
+    """Tell where this process stands among those that torchrun started; one of one without it."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+def setup_distributed(device: str = "auto", timeout: float = 600, **more) -> Ranks:
+    """Join torchrun's process group: NCCL for CUDA's tensors, gloo for the CPU's.
+
+    timeout: seconds after which a rank that does not answer counts as dead.
+    """
+    if "RANK" not in os.environ:
+        return Ranks(device=pick_device(device))
+    rank, local, world = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(local)  # before the first tensor: else every rank opens a context on GPU 0
+        device = f"cuda:{local}"
+    picked = pick_device("cpu" if device == "auto" else device)  # gloo moves no tensors of Apple's GPU
+    if not torch.distributed.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), **more)
+    return Ranks(rank, world, picked)
+
+def rank_and_world() -> tuple[int, int]:
+    dist = torch.distributed
+    there = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+
+def sum_over_ranks(x):
+    """Add up a tensor over all ranks, in place where there are several."""
+    if rank_and_world()[1] > 1:
+        torch.distributed.all_reduce(x)
+    return x
+
+def barrier() -> None:
+    sum_over_ranks(torch.zeros(1))  # over gloo, which is there beside NCCL too
+
+class Optimizer:
+    """Show one or two of torch.optim's optimizers as one; its state is keyed by parameter name."""
+
+    def __init__(self, named: dict[str, nn.Parameter], parts: list[torch.optim.Optimizer]):
+        self.parts = parts
+        self.names = {p: n for n, p in named.items()}
+
+    def set_lr(self, lr: float) -> None:
+        for group in (group for part in self.parts for group in part.param_groups):
+            group["lr"] = lr
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict:
+        """Give {"layers.0.mlp.up_proj.weight/exp_avg": tensor, ...}."""
+        return {f"{self.names[p]}/{key}": torch.as_tensor(value).cpu().contiguous()
+                for part in self.parts for p, state in part.state.items() for key, value in state.items()}
+
+    def load_state_dict(self, tensors: dict) -> None:
+        for part in self.parts:
+            for p in (p for group in part.param_groups for p in group["params"]):
+                name = self.names[p] + "/"
+                own = {key.removeprefix(name): v for key, v in tensors.items() if key.startswith(name)}
+                part.state[p] = {key: v.to(p.device) for key, v in own.items()}
+
+def build_optimizer(model, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), stand_ins=None):
+    """Build AdamW for all parameters; or Muon for the layers' matrices and AdamW for the rest.
+
+    Weight decay acts on matrices only. Muon's update is scaled to the root mean square of AdamW's (Liu et al.
+    2025, 2502.16982, eq. 4), so that one learning rate serves both. stand_ins: {name: tensor to update in the
+    parameter's place, or None where another rank does} (parallel.py).
+    """
+    check(name in ("adamw", "muon"), f"--optimizer is adamw or muon, not {name!r}.")
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad} | (stand_ins or {})
+    named = {n: p for n, p in named.items() if p is not None}
+    matrices = [p for n, p in named.items() if p.dim() > 1 and n.startswith("layers.")]
+    tables = [p for n, p in named.items() if p.dim() > 1 and not n.startswith("layers.")]
+    vectors = [p for p in named.values() if p.dim() < 2]
+    parts = []
+    if name == "muon" and matrices:
+        parts.append(torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw"))
+        matrices = []
+    groups = [{"params": tables + matrices, "weight_decay": weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    parts.append(torch.optim.AdamW(groups, lr, betas, eps=1e-10, fused=True))
+    return Optimizer(named, parts)
+
+def lr_at(step: int, max_steps: int, warmup_steps: int, schedule="cosine", min_lr: float = 0.1) -> float:
+    """Compute the fraction of the peak learning rate at a step, 0-based; it ends at min_lr.
+
+    Warm-up is linear. Then cosine (Loshchilov & Hutter 2016, 1608.03983), or warm-up-stable-decay (Hu et al.
+    2024, 2404.06395): constant, and in the last 40 % a straight line down. "constant" stays.
+
+    >>> [round(lr_at(s, 100, 10), 2) for s in (0, 9, 54, 99)]
+    [0.1, 1.0, 0.55, 0.1]
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    done = (step - warmup_steps + 1) / max(1, max_steps - warmup_steps)  # in (0, 1]
+    if schedule == "cosine":
+        return min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return min_lr + (1 - min_lr) * min(1.0, max(0.0, 1 - done) / 0.4)
+
+# ---- Options: declared once, as the command's, the run's record, and what a test builds
+
+def opt(panel: str, help: str, *names: str, low=None, above=None, one_of=None, **more):
+    """Declare an option of a dataclass, with its range: Annotated[int, opt("Run", "Steps.", low=1)] = 6."""
+    option = typer.Option(*names, help=help, rich_help_panel=panel, **more)
+    option.limits = (low, above, one_of)
+    return option
+
+def restore(ctx: typer.Context, folder: str | None):
+    """Make the options of the run in `folder` the defaults of this command line: what is typed wins."""
+    if folder:
+        ctx.default_map = saved_state(folder)["options"] | {"out": folder}
+    return folder
+
+SETTING = opt("", "", low=0)  # of a field that is no option
+
+@dataclass
+class RunOptions:
+    """Hold what every training command is told; the checkpoint keeps it, for --resume.
+
+    A field without an option is a setting that is seldom changed: `--set grad_clip=0.5` reaches it.
+    """
+
+    command: ClassVar[str] = "pretrain"  # a run goes on with the command that began it
+    changeable: ClassVar[set] = {  # by a run that goes on
+        "max_steps", "device", "micro_batch", "save_interval", "eval_interval", "eval_tokens", "recompute",
+        "target_loss", "patience", "resume", "overwrite", "out"}
+    out: Annotated[str, opt("Run", "Checkpoint folder to write.")] = "out/python"
+    max_steps: Annotated[int, opt("Run", "Optimizer steps: more learn more and take longer.", low=1)] = 1000
+    eval_interval: Annotated[int, opt("Run", "Steps between evaluations.", low=1)] = 250
+    save_interval: Annotated[int, opt("Run", "Steps between checkpoints.", low=1)] = 250
+    seed: Annotated[int, opt("Run", "Of the weights and the order of the data.", low=0)] = 0
+    resume: Annotated[str | None, opt("Run", "Go on with the run in this folder, exactly.", is_eager=True,
+                                      callback=restore)] = None
+    overwrite: Annotated[bool, opt("Run", "Begin again where --out holds a run.", "--overwrite")] = False
+    optimizer: Annotated[str, opt("Optimizer", "muon (matrices; AdamW on the rest) or adamw.",
+                                  one_of=("muon", "adamw"))] = "muon"
+    lr: Annotated[float, opt("Optimizer", "Peak learning rate: larger is faster, or breaks.", above=0)] = 1e-2
+    warmup_steps: Annotated[int, opt("Optimizer", "Steps of linear warm-up.", low=0)] = 30
+    schedule: Annotated[str, opt("Optimizer", "wsd (stable, then a line down), cosine or constant.",
+                                 one_of=("wsd", "cosine", "constant"))] = "wsd"
+    dtype: Annotated[str, opt("Machine", "auto, fp32, bf16 or fp16.", one_of=("auto", *DTYPES))] = "auto"
+    device: Annotated[str, opt("Machine", "auto, cpu, cuda or mps.")] = "auto"
+    set: Annotated[list[str], opt("Model", "FIELD=VALUE, several times: a size of the model (n_kv_head=2, "
+                                  "n_expert=8, window=128) or a setting (grad_clip=1, min_lr=0.1).")] = ()
+    min_lr: float = 0.1  # where the schedule ends, as a fraction of lr
+    weight_decay: float = 0.1  # of matrices only
+    grad_clip: float = 1.0  # largest norm of the gradient
+
+    def __post_init__(self):
+        """Apply --set to the settings, and refuse what is out of range."""
+        options = {f.name: getattr(f.type, "__metadata__", [SETTING])[0] for f in dataclasses.fields(self)}
+        self.fields_set = {}  # the rest of --set: fields of Config
+        for item in self.set:
+            name, equals, value = item.partition("=")
+            free = options.get(name, SETTING) is SETTING
+            check(equals and free, f"--set {item}: write FIELD=VALUE; options are no fields.")
+            with contextlib.suppress(ValueError):
+                value = json.loads(value)
+            if name in options:
+                kind = type(getattr(type(self), name))
+                check(is_a(value, kind), f"--set {name} is a {kind.__name__}, not {value!r}.")
+                setattr(self, name, value)
+            else:
+                self.fields_set[name] = value
+        for name, option in options.items():
+            value = getattr(self, name)
+            low, above, one_of = option.limits
+            flag = "--" + name.replace("_", "-")
+            if isinstance(value, (int, float)):
+                enough = value > above if above is not None else low is None or value >= low
+                words = f"at least {low}" if above is None else f"above {above}"
+                check(enough and math.isfinite(value), f"{flag} is {value}; it has to be {words}.")
+            if one_of:
+                check(value in one_of, f"{flag} is one of {', '.join(one_of)}; not {value!r}.")
+
+@dataclass
+class TrainOptions(RunOptions):
+    """Hold what pretraining is told, on one device (train.py) or on many (parallel.py)."""
+
+    data: Annotated[list[str], opt("Data", "Folder, or FOLDER:WEIGHT; several are mixed.")] = ("data/python",)
+    tokens_per_step: Annotated[int, opt("Data", "Tokens of a step, over all ranks.", low=1)] = 4096
+    micro_batch: Annotated[int | None, opt("Data", "Sequences at once: memory and speed only.", low=1)] = None
+    preset: Annotated[str, opt("Model", f"One of {', '.join(PRESETS)}.", one_of=PRESETS)] = "micro"
+    n_layer: Annotated[int | None, opt("Model", "Layers, instead of the preset's.", low=1)] = None
+    n_embd: Annotated[int | None, opt("Model", "Width; heads and feed-forward follow it.", low=1)] = None
+    seq_len: Annotated[int | None, opt("Model", "Context in tokens.", low=1)] = None
+    init: Annotated[str | None, opt("Model", "Start from the weights of this checkpoint folder.")] = None
+    compile: Annotated[str, opt("Machine", "auto (when the run is long enough to win), on or off.",
+                                one_of=("auto", "on", "off"))] = "auto"
+    recompute: Annotated[bool, opt("Machine", "Less memory, a quarter more time.", "--recompute")] = False
+    eval_tokens: int = 100_000  # validation tokens of each evaluation but the last, which takes all; 0: all
+    batch_ramp: int = 0  # steps over which the batch grows from an eighth
+    doc_mask: bool = False  # tokens see their own document only
+
+def command(kind: type, main: Callable) -> Callable:
+    """Make `main(o)` a typer command whose options are those of the dataclass `kind`."""
+
+    def run(**values):
+        return main(resumed(kind, values["resume"], **values) if values["resume"] else kind(**values))
+
+    parameters = inspect.signature(kind).parameters.values()
+    run.__signature__ = inspect.Signature([p for p in parameters if hasattr(p.annotation, "__metadata__")])
+    run.__doc__ = main.__doc__
+    return run
+
+def resumed(kind: type, folder: str | Path, **changes):
+    """Build the options that go on with the run in `folder`: its own, where `kind` has them, and changes."""
+    state = saved_state(folder)
+    check(state.get("command") == kind.command,
+          f"{folder} was made by another command or an earlier version: it cannot be resumed by this one.")
+    names = {f.name for f in dataclasses.fields(kind)}
+    saved = {name: value for name, value in state["options"].items() if name in names}
+    return kind(**saved | {"out": str(folder)} | changes | {"resume": str(folder)})
+
+def open_run(o: RunOptions) -> dict:
+    """Check --out, or what --resume may not change -> the state of the run to go on with, or {}."""
+    if not o.resume:
+        check_out(Path(o.out), o.overwrite)
+        return {}
+    state = saved_state(o.resume)
+    for name, value in json.loads(json.dumps(dataclasses.asdict(o))).items():
+        same = name in o.changeable or state["options"].get(name, value) == value
+        check(same, f"--{name.replace('_', '-')} cannot change on --resume: start a run of its own (--out).")
+    check(not state["finished"] or o.max_steps > state["at"],
+          f"{o.resume} is finished: there is nothing to resume (a larger --max-steps trains it further).")
+    return state
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Refuse to lose what exists: a run's folder needs --overwrite, anything else is never written into."""
+    finish_save(out)
+    if (out / "config.json").exists():
+        check(overwrite, f"{out} holds a run already: --resume {out} goes on, --overwrite begins again.")
+    else:
+        empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+        check(empty, f"{out} exists and is not a checkpoint folder: choose another --out.")
+
+def default_data(folder: str, ranks: Ranks) -> None:
+    """Let tokenize.py make the embedded data set where it is asked for and is missing."""
+    if folder == TrainOptions.data[0] and not Path(folder).exists() and ranks.rank == 0:
+        say(f"No data in {folder}: preparing the sources of this Python (python tokenize.py prepare), once.")
+        line = [sys.executable, str(Path(__file__).with_name("tokenize.py")), "prepare", "--output", folder]
+        check(subprocess.run(line).returncode == 0, "tokenize.py prepare failed; its words above say why.")
+    barrier()
+
+def make_config(o: TrainOptions, tokens: Tokens, saved: bool = False, **fields) -> Config:
+    """Make the config of a run: the preset's with other sizes, that of --init, or of the run that goes on."""
+    ids = {"vocab_size": round_up(tokens.vocab_size), "eos_id": tokens.eot_id}
+    free = set(NAMES) - {*ids, "pad_id", "head", "causal"}
+    unknown = [name for name in o.fields_set if name not in free]
+    check(not unknown, f"--set {', '.join(unknown)}: neither Config nor the run has such a field to set.")
+    training = {name: value for name, value in o.fields_set.items() if name in TRAINING}
+    if saved:
+        return load_config(o.out, shards=True).replace(**training)
+    if not o.init:
+        ids["pad_id"] = load_tokenizer(tokens.folder).pad_id
+        return resize(o.preset, o.n_layer, o.n_embd, o.seq_len, **fields | ids | o.fields_set)
+    sizes = [n for n in ("n_layer", "n_embd") if getattr(o, n)] + list(o.fields_set.keys() - training.keys())
+    check(not sizes, f"{', '.join(sizes)} cannot be chosen: the sizes are those of --init {o.init}.")
+    config = load_config(o.init)
+    texts = {read_tokenizer(Path(folder, "tokenizer.json")) for folder in (o.init, tokens.folder)}
+    check(len(texts) == 1, f"{o.init} and {tokens.folder} have "
+          f"different tokenizers: give tokenize.py prepare the --tokenizer {o.init}/tokenizer.json.")
+    return config.replace(seq_len=o.seq_len or config.seq_len, **training)
+
+def derive(o: TrainOptions, config: Config, world: int, device: torch.device) -> None:
+    """Fill in the options that follow from the rest; world: how many ranks read different tokens."""
+    windows = o.tokens_per_step // config.seq_len
+    near = config.seq_len * world * max(1, round(windows / world))
+    check(windows and windows % world == 0, f"--tokens-per-step {o.tokens_per_step} does not divide into "
+          f"sequences of {config.seq_len} on {world} process{'es' * (world > 1)}: {near} does.")
+    if o.micro_batch is None:  # 8k tokens keep a CPU busy; a GPU takes what its memory allows
+        o.micro_batch = max(1, (8192 if device.type == "cpu" else 32768) // config.seq_len)
+    if o.compile == "auto":  # it starts in some 40 s and wins 10 % of a step on CPU, a third on CUDA
+        flops = config.flops_per_token() * o.tokens_per_step * o.max_steps  # (a resumed run decides the same)
+        o.compile = "on" if flops > {"cpu": 3e14, "cuda": 2e16}.get(device.type, math.inf) else "off"
+    o.dtype = {dtype: name for name, dtype in DTYPES.items()}[pick_dtype(o.dtype, device)]
+
+# ---- The loop around a step
+
+def clip_gradients(parameters, limit: float, scale: float = 1.0):
+    """Undo the loss scale of fp16 and clip the gradient's norm to `limit` -> the norm before."""
+    parameters = [p for p in parameters if p.grad is not None]
+    if scale != 1.0:
+        torch._foreach_div_([p.grad for p in parameters], scale)
+    return torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+class Run:
+    """Do what surrounds the steps: clock, progress, log, Ctrl-C, evaluations and saves when they are due.
+
+        for step, lr in run.steps():
+            (loss * run.scale).backward()
+            grad_norm = clip_gradients(model.parameters(), o.grad_clip, run.scale)
+            run.update(optimizer, lr, loss=loss, grad_norm=grad_norm, tokens=n)
+
+    save(folder, state)   writes a checkpoint; state: the run's own part of what --resume needs
+    evaluate(last)        measures -> {name: number}, with "stop": a sentence if the run has to end here
+    saved                 the state of the checkpoint that the run goes on from, {} for a new run
+    flops                 FLOPs a token, for mfu; 0: not logged
+    """
+
+    def __init__(self, o: RunOptions, ranks: Ranks, save, evaluate, saved: dict, flops: float = 0.0):
+        self.o, self.ranks, self.flops = o, ranks, flops
+        self.write_checkpoint, self.measure = save, evaluate
+        self.at = self.saved_at = saved.get("at", 0)  # steps done
+        self.scale = saved.get("scale", 2.0**14 if o.dtype == "fp16" else 1.0)  # of the loss
+        self.good = saved.get("good", 0)  # updates since the scale last changed
+        self.skipped = saved.get("skipped", 0)
+        self.bad = 0  # updates skipped one after the other
+        self.eval_seconds = 0.0
+        self.asked = False  # to stop
+        self.values, self.result = {}, {}
+        self.path = Path(o.out) / "metrics.jsonl"
+        self.records = [r for r in read_metrics(self.path) if r["step"] <= self.at] if saved else []
+
+    def steps(self) -> Iterator[tuple[int, float]]:
+        """Yield (step, learning rate) for each step that is left; what is due happens between two of them."""
+        o = self.o
+        handlers = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        if not self.at:
+            self.save()  # a disk that cannot be written to shows now, and any later kill can be resumed
+        if self.ranks.rank == 0:  # lines after the checkpoint, or half a line, are dropped
+            save_files(o.out, {"metrics.jsonl": "".join(json.dumps(r) + "\n" for r in self.records)})
+        peak = peak_flops(self.ranks.device, DTYPES[o.dtype]) * self.ranks.world if self.flops else 0.0
+        try:
+            with progress("step", o.max_steps, self.at) as show:
+                while self.at < o.max_steps and "stop" not in self.result:
+                    self.values = {}
+                    began = time.perf_counter()
+                    lr = o.lr * lr_at(self.at, o.max_steps, o.warmup_steps, o.schedule, o.min_lr)
+                    yield self.at, lr
+                    self.at += 1
+                    show(self.at, self.log_step(lr, time.perf_counter() - began, peak))
+                    if sum_over_ranks(torch.tensor(float(self.asked), device=self.ranks.device)) > 0:
+                        self.save()
+                        say(f"Stopped after step {self.at}; --resume {o.out} goes on from there.")
+                        raise KeyboardInterrupt
+                    if self.at % o.eval_interval == 0 and self.at < o.max_steps:
+                        self.evaluate(last=False)
+                    if self.at % o.save_interval == 0 and self.at < o.max_steps:
+                        self.save()
+            if "stop" not in self.result:
+                self.evaluate(last=True)
+            self.save(finished=True)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def update(self, optimizer, lr: float, **metrics) -> bool:
+        """Take the optimizer's step -> was it taken? A loss or grad_norm that is not finite skips it.
+
+        metrics: numbers or tensors of one element, of all ranks, to be logged: their mean, where a step has
+        several updates; `tokens`, what was read, becomes tok_per_s.
+        """
+        tensors = {name: x.detach().float() for name, x in metrics.items() if isinstance(x, torch.Tensor)}
+        if tensors:  # the one moment in a step when the host waits for the device: no update is made of a NaN
+            metrics |= zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)
+        self.note(**metrics)
+        fine = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+        if fine:
+            optimizer.set_lr(lr)
+            optimizer.step()
+        optimizer.zero_grad()
+        self.good = self.good + 1 if fine else 0
+        self.bad = 0 if fine else self.bad + 1
+        if self.o.dtype == "fp16":  # loss scaling (1710.03740)
+            self.scale *= (2 if self.good % 1000 == 999 else 1) if fine else 0.5
+        if not fine:
+            self.skipped += 1
+            what = f"The loss or the gradient is not finite, up to step {self.at + 1}"
+            say(f"{what}: the update is skipped ({self.skipped} so far).")
+            check(self.bad < 5 or self.scale > 1, f"{what}, {self.bad} times running. {self.o.out} holds "
+                  f"step {self.saved_at}, which was good; a lower --lr or more --warmup-steps may help.")
+        return fine
+
+    def note(self, **metrics) -> None:
+        """Add numbers to what is logged of this step."""
+        for name, value in metrics.items():
+            self.values.setdefault(name, []).append(value)
+
+    def log_step(self, lr: float, seconds: float, peak: float) -> str:
+        """Log what was noted of a step -> what the terminal shows of it."""
+        speed = sum(self.values.pop("tokens", [0])) / seconds
+        record = {name: v[0] if len(v) == 1 else sum(v) / len(v) for name, v in self.values.items()}
+        shown = [f"{name.replace('_', ' ')} {v:.4g}" for name, v in record.items() if not isinstance(v, list)]
+        shown = [*shown[:5], f"{speed:,.0f} tok/s"]
+        record |= {"lr": lr, "ms_per_step": seconds * 1e3, "tok_per_s": speed}
+        if peak:
+            record["mfu"] = speed * self.flops / peak
+            shown.append(f"MFU {record['mfu']:.0%}")
+        self.write(record)
+        return "  ".join(shown)
+
+    def evaluate(self, last: bool) -> None:
+        """Measure, log and say it."""
+        began = time.perf_counter()
+        self.result = self.measure(last)
+        self.eval_seconds += time.perf_counter() - began
+        seconds = time.perf_counter() - START - self.eval_seconds
+        self.write({**self.result, "seconds": seconds})
+        floats = {name: v for name, v in self.result.items() if isinstance(v, float)}
+        words = [f"{name.replace('_', ' ')} {v:.4f}" for name, v in floats.items()]
+        say(f"step {self.at}: {', '.join(words)} after {seconds:.1f} s. {self.result.get('stop', '')}")
+
+    def save(self, finished: bool = False) -> None:
+        state = {name: getattr(self, name) for name in ("at", "scale", "good", "skipped")}
+        state |= {"finished": finished, "command": self.o.command, "options": dataclasses.asdict(self.o)}
+        self.write_checkpoint(Path(self.o.out), state)
+        self.saved_at = self.at
+
+    def write(self, record: dict) -> None:
+        """Append a line to metrics.jsonl."""
+        record = {name: round(v, 6) if isinstance(v, float) else v for name, v in record.items()}
+        self.records.append({"step": self.at, **record})
+        try:
+            if self.ranks.rank == 0:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(self.records[-1]) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error.strerror}).") from None
+
+    def ask_to_stop(self, number, frame) -> None:
+        """Let the step end and be saved; a second Ctrl-C ends the program at once."""
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+def read_metrics(path: Path) -> list[dict]:
+    """Read a run's log; half a line at its end, of a run that was killed, is left out."""
+    records = []
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+    return records
+
+# ---- Words for people
+
+@functools.cache
+def console():
+    from rich.console import Console  # a tenth of a second that a command with no words for people saves
+
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+def say(message: str = "", **style) -> None:
+    """Print to standard error (standard output is for results), from rank 0 alone."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        console().print(message, **style)
+
+@contextlib.contextmanager
+def progress(what: str, total: int, done: int = 0):
+    """Show a bar with time left on a terminal, elsewhere a line every ten seconds -> show(done, text)."""
+    from rich import progress as rich
+
+    columns = (what, rich.MofNCompleteColumn(), rich.BarColumn(24), rich.TimeRemainingColumn())
+    terminal = console().is_terminal and int(os.environ.get("RANK", 0)) == 0
+    started = shown = time.perf_counter()
+    with rich.Progress(*columns, "{task.description}", console=console(), disable=not terminal) as bar:
+        task = bar.add_task("", total=total, completed=done)
+
+        def show(n: int, text: str = "") -> None:
+            nonlocal shown
+            bar.update(task, completed=n, description=text)
+            now = time.perf_counter()
+            if not terminal and (now - shown > 10 or n == total):
+                left = (now - started) / max(1, n - done) * (total - n) / 60
+                say(f"{what} {n}/{total}  {left:.1f} min left  {text}")
+                shown = now
+
+        yield show
+
+def run_app(app: Callable) -> None:
+    """Run a typer app: a UserError is one sentence and exit code 2, Ctrl-C is 130, never a traceback."""
+    code = 0
+    try:
+        app()
+    except UserError as error:
+        from rich.markup import escape
+
+        traceback.clear_frames(error.__traceback__)  # ends the generators on its way, and their bars
+        say(f"[bold red]error:[/] {escape(str(error))}")
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            with contextlib.suppress(RuntimeError):
+                torch.distributed.destroy_process_group()
+    if code:
+        sys.exit(code)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Part IV: the same, faster on a CPU
+# ------------------------------------------------------------------------------------------------------------
+
+
+class RMSNormCPU(torch.autograd.Function):
+    """Compute rms_norm with its gradient by hand, ten times as fast on CPU as autograd's."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -495,1543 +1786,22 @@ class _RMSNormCPU(torch.autograd.Function):
         grad_weight = (grad * (x * r.to(x.dtype))).sum(tuple(range(x.dim() - 1)), dtype=torch.float32)
         return grad_x, grad_weight.to(weight.dtype), None
 
+CPU_SHORT = 512  # keys up to which plain products are as fast in bf16, or faster; for one query always
 
-def rope_angles(positions, head_dim: int, theta: float):
-    """cos and sin of position * theta^(-2i/D) for pair i (2104.09864, eq. 15).
+def attend_on_cpu(q, k, v, mask):
+    """Compute attention as on paper, in bfloat16 products: the scores (B, H, T, S) do stand in memory.
 
-    positions (T,) or (B, T) -> two (..., T, 1, D/2), float32: at position 100,000 bfloat16 would be off by 256.
+    Query heads that share a key head are stacked: (B*K, G*T, D) x (B*K, D, S).
     """
-    i = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    angles = positions.float().unsqueeze(-1) * theta ** (-i / head_dim)
-    return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
-
-
-class _Rope(torch.autograd.Function):
-    """Rotate the pairs (x_i, x_{i+D/2}); the gradient is the rotation the other way, one more call of the same."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        a, b = x.chunk(2, dim=-1)  # Hugging Face pairs the halves, the paper neighbours: a permutation of q and k
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        a, b = grad.chunk(2, dim=-1)
-        return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1), None, None
-
-
-def apply_rope(x, cos, sin):  # (B, T, H, D) -> (B, T, H, D)
-    return _Rope.apply(x, cos, sin)
-
-
-def visible(q_pos, k_pos, q_doc=None, k_doc=None, q_trunk=None, *, causal=True, window=None):
-    """THE mask: may the query at q_pos look at the key at k_pos?
-
-    q_pos (..., T), k_pos (..., S) -> bool (..., T, S), True = visible. A slot at position -1 is empty. With documents only
-    keys of the query's own are, and of its trunk: a document that several others go on from.
-
-    >>> visible(torch.arange(3), torch.arange(3), window=2).int().tolist()
-    [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
-    """
-    distance = q_pos.unsqueeze(-1) - k_pos.unsqueeze(-2)
-    mask = (k_pos >= 0).unsqueeze(-2).expand(distance.shape)
-    if causal:
-        mask = mask & (distance >= 0)
-    if window is not None:
-        mask = mask & (distance < window) & (distance > -window)
-    if q_doc is not None:
-        same = q_doc.unsqueeze(-1) == k_doc.unsqueeze(-2)
-        mask = mask & (same if q_trunk is None else same | (q_trunk.unsqueeze(-1) == k_doc.unsqueeze(-2)))
-    return mask
-
-
-CPU_SHORT = 512  # keys up to which a CPU does attention as plain matrix products: half the time of its flash kernel
-
-
-def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(D)) v: the one place that picks a kernel.
-
-    q (B, H, T, D), k and v (B, K, S, D) with K dividing H; mask None (all), "causal" or bool (B or 1, T, S).
-    """
-    gqa = q.shape[1] != k.shape[1]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and (q.shape[2] == 1 or k.shape[2] <= CPU_SHORT):
-        return _AttendCPU.apply(q, k, v, mask)
+    B, H, T, D = q.shape
+    K, S = k.shape[1], k.shape[2]
+    G = H // K
+    q, k, v = q.reshape(B * K, G * T, D), k.reshape(B * K, S, D), v.reshape(B * K, S, D)
+    bias = q.new_zeros(1, 1, 1)
     if isinstance(mask, str):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.unsqueeze(1), enable_gqa=gqa)
-
-
-class _AttendCPU(torch.autograd.Function):
-    """Attention as it is written on paper, in bfloat16 products: the scores (B, H, T, S) do stand in memory.
-
-    For a group of query heads that share a key head, the queries are stacked: (B*K, G*T, D) x (B*K, D, S).
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, mask):
-        B, H, T, D = q.shape
-        K, S = k.shape[1], k.shape[2]
-        G = H // K
-        if isinstance(mask, str):
-            mask = torch.ones(T, S, dtype=torch.bool).tril().unsqueeze(0)
-        q, k, v = q.reshape(B * K, G * T, D), k.reshape(B * K, S, D), v.reshape(B * K, S, D)
-        if mask is None:
-            scores = torch.bmm(q, k.transpose(1, 2)).mul_(D**-0.5)  # (B*K, G*T, S)
-        else:
-            bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf).repeat(1, G, 1)  # (B or 1, G*T, S)
-            bias = bias if len(bias) == 1 else bias.repeat_interleave(K, 0)
-            scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=D**-0.5)
-        p = torch.softmax(scores, -1)
-        ctx.save_for_backward(q, k, v, p)
-        return torch.bmm(p, v).view(B, H, T, D)
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, p = ctx.saved_tensors
-        B, H, T, D = grad.shape
-        grad = grad.reshape(q.shape)
-        grad_v = torch.bmm(p.transpose(1, 2), grad)
-        grad_p = torch.bmm(grad, v.transpose(1, 2))
-        grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)  # p * (grad_p - sum(grad_p * p))
-        grad_q = torch.baddbmm(q, grad_s, k, beta=0, alpha=D**-0.5)
-        grad_k = torch.baddbmm(k, grad_s.transpose(1, 2), q, beta=0, alpha=D**-0.5)
-        K = k.shape[0] // B
-        return grad_q.view(B, H, T, D), grad_k.view(B, K, -1, D), grad_v.view(B, K, -1, D), None
-
-
-class Attention(nn.Module):
-    def __init__(self, config: Config, layer: int):
-        super().__init__()
-        c, self.layer, self.head_dim = config, layer, config.head_dim
-        self.q_proj = Linear(c.n_embd, c.n_head * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
-        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
-
-    def forward(self, x, cos, sin, mask=None, cache: Cache | Branches | None = None):
-        B, T, _ = x.shape
-        # -1, not H: under tensor parallelism a rank's projections return its share of the heads
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
-            y = cache.attend(self.layer, q, k, v, mask)
-        else:
-            y = attend(q, k, v, mask)  # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
-
-
-class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (2002.05202, eq. 6)."""
-
-    def __init__(self, n_embd: int, ffn_dim: int):
-        super().__init__()
-        self.gate_proj = Linear(n_embd, ffn_dim, bias=False)
-        self.up_proj = Linear(n_embd, ffn_dim, bias=False)
-        self.down_proj = Linear(ffn_dim, n_embd, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def expert_layer(config: Config) -> nn.Module:
-    """The mixture of experts, in the place of MLP: the door to moe.py, which only a config with experts opens."""
-    import moe
-
-    return moe.MoE(config)
-
-
-AUX = ("aux_loss", "balance_loss", "z_loss", "dropped", "router_entropy", "load")  # columns; load: one for each expert
-
-
-class Block(nn.Module):
-    def __init__(self, config: Config, layer: int):
-        super().__init__()
-        self.layer, self.sparse = layer, config.is_sparse(layer)
-        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = expert_layer(config) if self.sparse else MLP(config.n_embd, config.ffn_dim)
-        self.dropout = 0.0  # set by Transformer.set_dropout
-
-    def forward(self, x, aux, cos, sin, mask=None, cache=None):
-        x = x + drop(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache), self.dropout, self.training)
-        y = self.mlp(self.post_attention_layernorm(x))
-        if self.sparse:
-            y, row = y
-            aux = torch.cat((aux[: self.layer], row[None], aux[self.layer + 1 :]))
-        return x + drop(y, self.dropout, self.training), aux  # aux is passed on and never kept in self
-
-
-def drop(x, p: float, training: bool):
-    """Dropout whose mask is drawn once a sequence and channel, (B, 1, C), and held over all its positions.
-
-    T times fewer random numbers than the usual form, which on CPU cost as much as the layer itself
-    (Gal & Ghahramani 2016, 1512.05287, draw it so for recurrent networks).
-    """
-    if p == 0.0 or not training:
-        return x
-    keep = torch.rand(x.shape[0], 1, x.shape[-1], device=x.device) >= p
-    return x * (keep / (1 - p)).to(x.dtype)
-
-
-def keep_products():
-    """Selective recomputation: results of matrix products are kept, the cheap rest is computed again."""
-    aten = torch.ops.aten
-    kept = [aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._scaled_dot_product_flash_attention,
-            aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_efficient_attention]  # fmt: skip
-    return create_selective_checkpoint_contexts([op.default for op in kept])
-
-
-class Transformer(nn.Module):
-    """The decoder. Modules carry Hugging Face's names, so a checkpoint needs no renaming.
-
-    layers: which of them to build (a pipeline stage is the same class with some); all by default. The embedding
-    lives where layer 0 is, the last norm and the output matrix where the last layer is.
-    """
-
-    def __init__(self, config: Config, layers: range | None = None):
-        super().__init__()
-        self.config, layers = config, layers if layers is not None else range(config.n_layer)
-        self.first, self.last = 0 in layers, config.n_layer - 1 in layers
-        self.compute_dtype: torch.dtype | None = None  # of activations; None: as the parameters
-        self.recompute = "none"  # activations kept for the backward pass: all; see `remember`
-        if self.first or config.tie and self.last and config.head == "lm":
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
-        self.layers = nn.ModuleDict({str(i): Block(config, i) for i in layers})
-        if self.last:
-            self.norm = RMSNorm(config.n_embd, config.norm_eps)
-            if config.head == "score":
-                self.score = Linear(config.n_embd, 1, bias=False)
-                return
-            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-            if config.tie:
-                self.lm_head.weight = self.embed_tokens.weight
-
-    def forward(self, x, targets=None, *, positions=None, doc_ids=None, trunk_ids=None, at=None, cache=None, aux=None,
-                output="logits"):  # fmt: skip
-        """ids (B, T), or hidden (B, T, C) on a later stage -> (result, aux).
-
-        targets (B, T)  given: the result is the loss PER TOKEN (B, T) in nats, float32, 0 where IGNORE
-        positions       (T,) consecutive or (B, T) any, 0.. by default (with a cache: from its end); -1 is padding
-        doc_ids (B, T)  tokens of different documents do not see each other
-        trunk_ids       (B, T) a document that a token sees beside its own: a prompt that several answers share
-        at (N,)         the places in the flattened (B, T) that the result is wanted of: it, and targets, are then (N, ..)
-        output          "logits" (B, T, V) | "last" (B, 1, V): the last position's | "hidden" (B, T, C)
-                        with a score head, in the place of the logits: a number a token (B, T) or (B, 1), float32
-        aux             (L, 1), with experts (L, 5 + E): what each layer adds to the loss, and what it saw (`AUX`; while
-                        training). A later stage is given the earlier one's
-        """
-        B, T = x.shape[:2]
-        if positions is None:
-            start = cache.n if cache is not None else 0
-            positions = torch.arange(start, start + T, device=x.device)
-        if cache is not None:
-            if doc_ids is not None:
-                raise ValueError("a cache holds one document a row: give doc_ids or a cache, not both")
-            cache.claim(positions)
-        masks = self.masks(positions, doc_ids, trunk_ids, cache, T)
-        if self.first:
-            x = self.embed_tokens(x)  # (B, T, C)
-        x = x.to(self.compute_dtype or x.dtype)
-        cos, sin = (a.to(x.dtype) for a in rope_angles(positions, self.config.head_dim, self.config.rope_theta))
-        if aux is None:
-            columns = len(AUX) - 1 + self.config.moe.n_expert if self.config.moe else 1
-            aux = x.new_zeros((self.config.n_layer, columns), dtype=torch.float32)
-        for i, block in self.layers.items():
-            args = (x, aux, cos, sin, masks[self.config.window[int(i)]], cache)
-            x, aux = self.remember(block, *args)
-        if not self.last:
-            return x, aux
-        x = x[:, -1:] if output == "last" else x if at is None else x.flatten(0, 1).index_select(0, at)
-        x = self.norm(x)
-        if output == "hidden":
-            return x, aux
-        if self.config.head == "score":
-            return self.score(x).squeeze(-1).float(), aux
-        if targets is None:
-            return self.lm_head(x), aux
-        return token_losses(x, self.lm_head, targets, self.config.vocab_size), aux
-
-    def remember(self, block, *args):
-        """Run a block, keeping what its backward pass needs: everything, or its input only ("block"), or the
-        results of its matrix products ("selective"), the rest being computed again from these."""
-        if args[-1] is not None:  # with a cache every length is new: a compiled block would be compiled anew
-            return block._call_impl(*args)
-        if self.recompute == "none" or not torch.is_grad_enabled():
-            return block(*args)
-        if self.recompute == "block":
-            return checkpoint(block, *args, use_reentrant=False)
-        return checkpoint(block, *args, use_reentrant=False, context_fn=keep_products)
-
-    def masks(self, positions, doc_ids, trunk_ids, cache, T) -> dict:
-        """The mask of each window size in use, made once for all layers that share it."""
-        full = {}
-        for window in set(self.config.window):
-            S = T if cache is None else cache.n
-            plain = doc_ids is None and positions.dim() == 1 and (cache is None or not cache.ragged)
-            if plain and (window is None or S <= window):
-                if not self.config.causal or (cache is not None and T == 1):
-                    full[window] = None
-                    continue
-                if S == T:
-                    full[window] = "causal"
-                    continue
-            k_pos = positions if cache is None else cache.seen()
-            mask = visible(positions, k_pos, doc_ids, doc_ids, trunk_ids, causal=self.config.causal, window=window)
-            if positions.dim() == 2:  # a row of padding sees nothing, and a softmax over nothing is NaN: let it see all
-                mask = mask | (positions < 0).unsqueeze(-1)
-            full[window] = mask if mask.dim() == 3 else mask.unsqueeze(0)  # (B or 1, T, S)
-        return full
-
-    def set_dropout(self, p: float) -> None:
-        for block in self.layers.values():
-            block.dropout = p
-
-    def set_balance(self, o: Options) -> None:
-        """What training adds to a mixture of experts so that all are used; nothing where the model is dense."""
-        for block in (b for b in self.layers.values() if b.sparse):
-            block.mlp.balance = o.balance_rate if o.balance == "loss" else 0.0
-            block.mlp.z_loss, block.mlp.capacity = o.z_loss, o.capacity
-
-    @torch.no_grad()
-    def shift_bias(self, aux, rate: float) -> None:
-        """After a step: experts that were chosen more often than the mean become less likely to be, and the other way
-        round (Wang et al. 2024, 2408.15664, algorithm 1). aux: the step's, of all ranks: the loads may have any scale."""
-        for block in (b for b in self.layers.values() if b.sparse):
-            load = aux[block.layer, len(AUX) - 1 :]
-            block.mlp.gate.e_score_correction_bias += rate * torch.sign(load.mean() - load)
-
-    def compile_blocks(self) -> None:
-        """torch.compile one block and use it for all: a start-up of one layer, and names stay as they are."""
-        for block in self.layers.values():
-            block.compile(dynamic=False)
-
-    @torch.no_grad()
-    def init_weights(self, seed: int = 0, mup_base: int | None = None) -> Transformer:
-        """Each tensor from its own generator, seeded by (seed, name): any sharding of the model starts equal.
-
-        Normal with standard deviation 1/sqrt(fan_in) (the embedding: 0.02), and the two matrices that write to
-        the residual stream start smaller by sqrt(2 L), as in GPT-2, so that its variance stays about one.
-
-        mup_base: the width at which a learning rate was found. Then logits shrink as base / width (Yang et al. 2022,
-        2203.03466, table 8), by way of the last norm's gain, so that the folder is still that of a stock class."""
-        for name, p in self.named_parameters():
-            if p.dim() < 2:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            generator = torch.Generator().manual_seed(seed_of(seed, name))
-            std = 0.02 if "embed_tokens" in name or "lm_head" in name else p.shape[1] ** -0.5
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                std /= math.sqrt(2 * self.config.n_layer)
-            full = torch.randn(p.shape, generator=generator) * std
-            if hasattr(p, "placements"):  # a rank's share of it (parallel.py): drawn whole, as one process would
-                from torch.distributed.tensor import distribute_tensor
-
-                full = distribute_tensor(full.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-            p.copy_(full)
-        for buffer in self.buffers():  # the routers' bias
-            buffer.zero_()
-        if mup_base and self.last:
-            self.norm.weight.fill_(mup_base / self.config.n_embd)
-        return self
-
-
-def seed_of(*parts) -> int:
-    """A 63-bit seed from anything printable, the same in every process and on every machine."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
-
-
-CHUNK_LOGITS = 2**22  # logits that stand in memory at once: 16 MB of float32, about what a CPU's cache holds
-KEEP_LOGITS = 2**27  # beyond this many in all, they are computed again in the backward pass instead of kept
-
-
-def token_losses(hidden, head: nn.Module, targets, V: int):
-    """-log p(target) of each token: (B, T, C), (B, T) -> (B, T) (or (N, C), (N,) -> (N,)) float32, 0 where the target is IGNORE.
-
-    In chunks of tokens, so that the (N, V) logits of a large vocabulary never stand in memory at once.
-    """
-    x, t = hidden.flatten(0, -2), targets.flatten()
-    rows = max(64, CHUNK_LOGITS // V) if x.device.type == "cpu" else max(1024, 2**26 // V)
-    again = torch.is_grad_enabled() and x.shape[0] * V > KEEP_LOGITS
-
-    def chunk(x, t):
-        return F.cross_entropy(head(x).float(), t, ignore_index=IGNORE, reduction="none")
-
-    losses = [
-        checkpoint(chunk, x[i : i + rows], t[i : i + rows], use_reentrant=False)
-        if again
-        else chunk(x[i : i + rows], t[i : i + rows])
-        for i in range(0, x.shape[0], rows)
-    ]
-    return torch.cat(losses).view(targets.shape)
-
-
-class Cache:
-    """Keys and values of all layers, in slots that remember their positions.
-
-    For up to `slots` tokens a sequence. A slot whose position is -1 (padding, or never written) is invisible, so prompts of
-    unequal length share a batch: pad on either side, give the pads position -1. All rows take the same next slots.
-    """
-
-    def __init__(self, config: Config, batch: int, slots: int, device=None, dtype=None):
-        shape = (config.n_layer, batch, config.n_kv_head, slots, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.positions = torch.full((batch, slots), -1, device=device)
-        self.clear()
-
-    def clear(self) -> None:
-        self.n, self.ragged = 0, False  # slots in use; does any row differ from 0, 1, 2 ...?
-        self.positions.fill_(-1)
-
-    def claim(self, positions) -> None:
-        """Take the next T slots for tokens at these positions ((T,) or (B, T)); called once a forward pass."""
-        T, slots = positions.shape[-1], self.positions.shape[1]
-        if self.n + T > slots:
-            raise UserError(f"{self.n + T} tokens do not fit a cache of {slots}: ask for fewer.")
-        self.positions[:, self.n : self.n + T] = positions
-        self.ragged |= positions.dim() > 1
-        self.n += T
-
-    def update(self, layer: int, k, v):
-        """Write one layer's keys and values (B, K, T, D) into the claimed slots; all so far (B, K, S, D)."""
-        start = self.n - k.shape[2]
-        self.k[layer, :, :, start : self.n], self.v[layer, :, :, start : self.n] = k, v
-        return self.k[layer, :, :, : self.n], self.v[layer, :, :, : self.n]
-
-    def seen(self):
-        """The positions of the keys that `attend` is given: (B, S)."""
-        return self.positions[:, : self.n]
-
-    def attend(self, layer: int, q, k, v, mask):
-        """Of the keys and values that `update` gave: all of them, so the layer's number says nothing more."""
-        return attend(q, k, v, mask)
-
-    def rewind(self, n: int) -> None:
-        """Forget all but the first n slots (a rejected draft, a turn taken back)."""
-        self.positions[:, n:] = -1
-        self.n = n
-
-    @property
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
-
-
-def closing(keep: list[int]) -> tuple[list[int], list[int]]:
-    """To have these rows first: which to move, and where to.
-
-    >>> closing([0, 3, 4])
-    ([3, 4], [1, 2])
-    """
-    return [r for r in keep if r >= len(keep)], sorted(set(range(len(keep))) - set(keep))
-
-
-class Branches:
-    """In the place of a Cache, for texts that go on from prompts, a token at a time.
-
-    A prompt's keys and values stand in a trunk, and are read, once for all texts that go on from it: a copy for each is most
-    of what decoding would read (Hydragen: Juravsky et al. 2024, 2402.05099). Behind it each text has slots of its own, at its
-    own pace, which come in use a block at a time: keys that are read together stand together.
-    R texts, P trunks of up to U tokens.
-    """
-
-    BLOCK = 32
-
-    def __init__(self, config: Config, device=None, dtype=None):
-        self.config, self.memory, self.ragged = config, torch.empty(0, device=device, dtype=dtype), True
-
-    def begin(self, rows: int, slots: int, trunks: int, longest: int) -> None:
-        """Empty, for so many texts of so many tokens, behind so many prompts; in the memory of before, where that is enough:
-        on a CPU new memory costs as much as a fifth of the decoding."""
-        c, self.limit = self.config, slots
-        sizes = [2 * c.n_layer * c.n_kv_head * c.head_dim * n for n in (trunks * longest, rows * slots)]
-        if len(self.memory) < sum(sizes):
-            self.k = self.v = self.trunk_k = self.trunk_v = self.own = None  # let go of the old before the new is there
-            self.memory = self.memory[:0].clone()
-            self.memory = self.memory.new_empty(sum(sizes))
-        trunk, self.own = self.memory[: sum(sizes)].split(sizes)
-        self.trunk_k, self.trunk_v = self.lay(trunk, trunks, longest)
-        self.k, self.v = self.lay(self.own, rows, 0)
-        self.n, self.positions = 0, torch.full((rows, slots), -1, device=self.memory.device)
-
-    def lay(self, memory, rows: int, slots: int):
-        """k and v, (L, rows, K, slots, D), all zero: what the mask hides must be a number all the same."""
-        shape = (2, self.config.n_layer, rows, self.config.n_kv_head, slots, self.config.head_dim)
-        return memory[: math.prod(shape)].view(shape).zero_()
-
-    def plant(self, prompts: Cache, trunks: list[int]) -> None:
-        """Prompts that have been read become these trunks."""
-        for trunk, read in ((self.trunk_k, prompts.k), (self.trunk_v, prompts.v)):
-            trunk[:, trunks, :, : prompts.n] = read
-
-    def seat(self, trunks: list[int | None], starts: list[int]) -> None:
-        """Which trunk each text goes on from (None: the row is idle), and at what position: the trunk's length."""
-        (_, P, K, U, _), device = self.trunk_k.shape, self.trunk_k.device
-        groups = [[r for r, t in enumerate(trunks) if t == trunk] for trunk in range(P)]
-        n = max(1, *map(len, groups))
-        at = {r: t * K * n + i for t, group in enumerate(groups) for i, r in enumerate(group)}
-        heads = torch.arange(K, device=device)
-        seats = torch.tensor([group + [0] * (n - len(group)) for group in groups], device=device)
-        self.seats = seats[:, None] * K + heads[:, None]  # (P, K, n): the queries, of (text, head), that ask a trunk's head
-        self.place = torch.tensor([at.get(r, 0) for r in range(len(trunks))], device=device)[:, None] + heads * n  # (R, K): their seats
-        self.starts = torch.tensor(starts, device=device)[:, None]
-        slots = torch.arange(U, device=device).expand(len(starts), U)
-        self.before = slots.masked_fill(slots >= self.starts, -1)  # (R, U) positions
-
-    def claim(self, positions) -> None:
-        """positions (R, 1): one token for each text, in the slot so far behind the text's start."""
-        slots = positions - self.starts
-        if (end := int(slots.max()) + 1) > self.limit:
-            raise UserError(f"{end} tokens do not fit a cache of {self.limit}: ask for fewer.")
-        if end > self.n:
-            old, had, self.n = (self.k.clone(), self.v.clone()), self.n, min(-(-end // self.BLOCK) * self.BLOCK, self.limit)
-            self.k, self.v = self.lay(self.own, len(positions), self.n)
-            self.k[..., :had, :], self.v[..., :had, :] = old
-        self.rows, self.slots = torch.arange(len(slots), device=slots.device), slots[:, 0]
-        self.positions.scatter_(1, slots, positions)
-
-    def update(self, layer: int, k, v):
-        """Write one layer's keys and values (R, K, 1, D); the texts' own so far (R, K, S, D)."""
-        self.k[layer][self.rows, :, self.slots], self.v[layer][self.rows, :, self.slots] = k[:, :, 0], v[:, :, 0]
-        return self.k[layer], self.v[layer]
-
-    def seen(self):
-        """The positions of the keys that `attend` looks at, the trunk's before the text's own: (R, U + S)."""
-        return torch.cat((self.before, self.positions[:, : self.n]), -1)
-
-    def attend(self, layer: int, q, k, v, mask):
-        """`attend` for one token a text: q (R, H, 1, D), its own k and v (R, K, S, D), mask (R, 1, U + S)."""
-        (R, H, _, D), (P, K, U, _), n = q.shape, self.trunk_k[layer].shape, self.seats.shape[-1]
-        G, S = H // K, k.shape[2]
-
-        def seated(x):  # (R*K, G, E) -> (P*K, n*G, E)
-            return x.flatten(1)[self.seats.flatten()].view(P * K, n * G, -1)
-
-        def back(x):  # (P*K, n*G, E) -> (R*K, G, E)
-            return x.view(P * K * n, -1)[self.place.flatten()].view(R * K, G, -1)
-
-        q = (q * D**-0.5).reshape(R * K, G, D)
-        shared = torch.bmm(seated(q), self.trunk_k[layer].reshape(P * K, U, D).transpose(1, 2))
-        own = torch.bmm(q, k.reshape(R * K, S, D).transpose(1, 2))
-        scores = torch.cat((back(shared), own), -1)
-        scores.view(R, H, U + S).masked_fill_(~mask, -torch.inf)
-        p_shared, p_own = (p.contiguous() for p in scores.softmax(-1).split((U, S), -1))
-        shared = torch.bmm(seated(p_shared), self.trunk_v[layer].reshape(P * K, U, D))
-        return (torch.bmm(p_own, v.reshape(R * K, S, D)) + back(shared)).view(R, H, 1, D)
-
-    def cut(self, rows: list[int], trunks: list[int]) -> None:
-        """Go on with these only; they become the first ones (`closing`). Then they have to be seated anew."""
-        moved, holes = closing(rows)
-        for x in (self.k, self.v):
-            x[:, holes] = x[:, moved]
-        self.positions[holes] = self.positions[moved]
-        self.k, self.v, self.positions = self.k[:, : len(rows)], self.v[:, : len(rows)], self.positions[: len(rows)]
-        moved, holes = closing(trunks)
-        for x in (self.trunk_k, self.trunk_v):
-            x[:, holes] = x[:, moved]
-        self.trunk_k, self.trunk_v = self.trunk_k[:, : len(trunks)], self.trunk_v[:, : len(trunks)]
-
-
-@torch.inference_mode()
-def generate(model, prompts: list[list[int]], max_new_tokens, pick: Callable | None = None, eos_id=(), samples: int = 1, rows=None,
-             cache: Branches | None = None):  # fmt: skip
-    """Continue each prompt: batched, cached. -> the new ids of each, up to and with eos_id (one, or several).
-
-    max_new_tokens: of all, or a list with each prompt's. pick: logits (B, V) -> ids (B,), greedy by default; sample.py has
-    the others. samples: so many continuations of each prompt, one after the other in the result; it is read once for all.
-    rows: the most texts at once; as some end, waiting prompts take their places (continuous batching: Yu et al. 2022,
-    Orca), the longest first: prompts that are read together are then about as long. cache: to work in, of a caller that
-    generates again and again.
-    """
-    model.eval()
-    if not prompts or not all(prompts):
-        raise UserError("A prompt needs at least one token: begin with the end-of-text token.")
-    device, dtype = (p := next(model.parameters())).device, model.compute_dtype or p.dtype
-    pick, stop = pick or greedy, set(eos_id) if isinstance(eos_id, (list, tuple, set, frozenset)) else {eos_id}
-    limit = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    out, waiting = [[] for _ in range(len(prompts) * samples)], sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    rows = max(samples, min(rows or len(out), len(out)))
-    trunks = min(samples, 2) * rows // samples  # room for prompts of which only some texts still go on
-    cache = cache or Branches(model.config, device, dtype)
-    cache.begin(rows, max(limit), trunks, max(map(len, prompts)))
-    owner: list = [None] * rows  # the text of each row
-    home: dict[int, int] = {}  # the trunk of each prompt
-
-    def seat():  # -> where each row's own slots begin
-        starts = [0 if i is None else len(prompts[i // samples]) for i in owner]
-        cache.seat([None if i is None else home[i // samples] for i in owner], starts)
-        return starts
-
-    def put(tokens, places):  # write the tokens down; rows whose text ends with them are free
-        for token, r in zip(tokens.tolist(), places, strict=True):
-            if (i := owner[r]) is not None:
-                out[i].append(token)
-                if len(out[i]) >= limit[i // samples] or token in stop:
-                    owner[r] = None
-
-    while True:
-        free = [r for r in range(rows) if owner[r] is None]
-        home = {p: home[p] for p in {i // samples for i in owner if i is not None}}
-        spare = [t for t in range(trunks) if t not in home.values()]
-        if waiting and spare and len(free) >= max(samples, rows // 8):
-            take = waiting[: min(len(free) // samples, len(spare))]
-            take = [p for p in take if len(prompts[p]) > 0.75 * len(prompts[take[0]]) - 8]  # alike: padding is read as well
-            waiting = waiting[len(take) :]
-            logits, read = prefill(model, [prompts[p] for p in take], dtype)
-            home |= zip(take, spare, strict=False)
-            places = free[: len(take) * samples]
-            for n, r in enumerate(places):
-                owner[r] = take[n // samples] * samples + n % samples
-            cache.plant(read, spare[: len(take)])
-            cache.positions[places] = -1
-            starts = seat()
-            put(pick(logits.repeat_interleave(samples, 0)), places)
-        elif len(free) == rows:
-            return out
-        else:
-            if not waiting and len(free) >= rows / 8:  # rows that have ended cost as much as the others: let them go
-                keep = [r for r in range(rows) if owner[r] is not None], sorted(home.values())
-                cache.cut(*keep)
-                for r, hole in zip(*closing(keep[0]), strict=True):
-                    owner[hole] = owner[r]
-                moved = dict(zip(*closing(keep[1]), strict=True))
-                home = {p: moved.get(t, t) for p, t in home.items()}
-                rows, trunks = map(len, keep)
-                owner = owner[:rows]
-                starts = seat()
-            ids = [[0] if i is None else out[i][-1:] for i in owner]
-            ends = [[starts[r] if i is None else starts[r] + len(out[i]) - 1] for r, i in enumerate(owner)]
-            logits, _ = model(torch.tensor(ids, device=device), positions=torch.tensor(ends, device=device), cache=cache, output="last")
-            put(pick(logits[:, -1].float()), range(rows))
-
-
-def prefill(model, prompts: list[list[int]], dtype):
-    """Read the prompts: -> logits of each next token (B, V), a cache. Shorter ones are padded on the right, where, being
-    causal, no token of theirs sees the pads, and the text that they go on with overwrites them."""
-    T, device = max(map(len, prompts)), next(model.parameters()).device
-    ids = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=device)
-    cache = Cache(model.config, len(prompts), T, device, dtype)
-    ends = torch.tensor([i * T + len(p) - 1 for i, p in enumerate(prompts)], device=device)
-    return model(ids, at=ends, cache=cache)[0].float(), cache
-
-
-def greedy(logits):  # (B, V) -> (B,)
-    return logits.argmax(-1)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Part II: the folders
-# ------------------------------------------------------------------------------------------------------------
-
-CHAT_TEMPLATE = (  # ChatML
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def render(tokenizer, messages: list[dict], reply: bool = False) -> tuple[list[int], list[bool]]:
-    """CHAT_TEMPLATE in tokens: the ids of [{"role", "content"}, ...], and of each whether the assistant wrote it (the end
-    of its turn included), which is what fine-tuning trains.
-
-    reply: with the header of the assistant's turn at the end, for it to go on. What a message contains is ordinary
-    text: a user who writes <|im_end|> ends nothing.
-    """
-    if tokenizer.im_start_id is None or tokenizer.im_end_id is None:
-        raise UserError("This tokenizer has no <|im_start|> and <|im_end|>: it was not made for conversations.")
-    ids, own, newline = [], [], tokenizer.encode("\n")
-    for message in messages:
-        header = len(tokenizer.encode(message["role"] + "\n"))
-        text = tokenizer.encode(f"{message['role']}\n{message['content']}")
-        ids += [tokenizer.im_start_id, *text, tokenizer.im_end_id, *newline]
-        own += [False] * (1 + header) + [message["role"] == "assistant"] * (len(text) - header + 1) + [False] * len(newline)
-    if reply:
-        header = [tokenizer.im_start_id, *tokenizer.encode("assistant\n")]
-        ids, own = ids + header, own + [False] * len(header)
-    return ids, own
-
-
-def load_tokenizer(folder: str | Path):
-    """The tokenizer of a data or checkpoint folder. tokenize.py is opened by its path, since `import tokenize`
-    gives Python's own module of that name (see the head of that file)."""
-    tokenize = sys.modules.get("octavo_tokenize")
-    if tokenize is None:
-        spec = importlib.util.spec_from_file_location("octavo_tokenize", Path(__file__).with_name("tokenize.py"))
-        tokenize = sys.modules["octavo_tokenize"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(tokenize)
-    tokenize.UserError = UserError  # what it raises from here on, in encode too, is answered like our own
-    return tokenize.Tokenizer.load(folder)
-
-
-def find_checkpoint(folder: str | Path) -> Path:
-    """The folder, or its `.old` when a save was cut off between its two renames. UserError when neither is one."""
-    folder = Path(folder)
-    for path in (folder, Path(f"{folder}.old")):
-        if (path / "config.json").is_file() and any(path.glob("model*.safetensors")):
-            return path
-    if (folder / "state" / "shards").is_dir():
-        raise UserError(f"{folder} holds the shards of several processes: `python parallel.py export {folder}` joins them.")
-    raise UserError(f"{folder} holds no checkpoint (config.json and model.safetensors): train one with train.py.")
-
-
-def save_checkpoint(folder: str | Path, model, tokenizer: str | Path, *, state=None, metrics="", weights=None) -> None:
-    """Write a Hugging Face folder beside `folder`, then put it in its place: a kill leaves a whole one.
-
-    tokenizer: the tokenizer.json to carry along. state: (tensors by name, JSON object) of a run that can go on.
-    weights: by our names, where `model` holds only a rank's share of them.
-    """
-    folder = Path(folder)
-    weights = weights or model.state_dict()
-    weights = {hf_name(n, model.config): p.detach().cpu().contiguous() for n, p in weights.items()}
-    if model.config.tie:
-        weights.pop("lm_head.weight", None)
-    with replacing(folder) as new:
-        write_folder(new, model.config, tokenizer, metrics)
-        save_tensors(new / "model.safetensors", weights, {"format": "pt"})
-        if state is not None:
-            (new / "state").mkdir()
-            save_tensors(new / "state" / "optimizer.safetensors", state[0])
-            write_text(new / "state" / "state.json", json.dumps(state[1], indent=1) + "\n")
-
-
-def write_folder(new: Path, config: Config, tokenizer: str | Path, metrics: str = "") -> None:
-    """All of a checkpoint folder but its tensors."""
-    text = {
-        "config.json": config.to_hf(),
-        "generation_config.json": {"eos_token_id": config.eos_id, "pad_token_id": config.pad_id,
-                                   "do_sample": True, "temperature": 0.7, "top_p": 0.9},
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>",
-                                  "pad_token": "<|pad|>", "mask_token": "<|mask|>",
-                                  "model_max_length": config.seq_len, "clean_up_tokenization_spaces": False,
-                                  "chat_template": CHAT_TEMPLATE},
-    }  # fmt: skip
-    for name, content in text.items():
-        write_text(new / name, json.dumps(content, indent=2) + "\n")
-    write_text(new / "tokenizer.json", Path(tokenizer).read_text(encoding="utf-8"))
-    write_text(new / "metrics.jsonl", metrics)
-
-
-@contextlib.contextmanager
-def replacing(folder: Path):
-    """An empty folder to write into, put in the place of `folder` at the end; what was there is then in `.old`."""
-    new, old = Path(f"{folder}.new"), Path(f"{folder}.old")
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        new.mkdir(parents=True)
-        yield new
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(folder, old)
-        os.replace(new, folder)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            if not folder.exists():
-                os.replace(old, folder)
-        shutil.rmtree(new, ignore_errors=True)
-        kept = f"; the last one in {folder} is whole" if folder.exists() else ""
-        raise UserError(f"The checkpoint could not be written to {new} ({error}){kept}.") from None
-    shutil.rmtree(old, ignore_errors=True)
-
-
-MIXTRAL = {".mlp.gate.": ".block_sparse_moe.gate.", ".mlp.experts.": ".block_sparse_moe.experts.",
-           ".gate_proj.": ".w1.", ".down_proj.": ".w2.", ".up_proj.": ".w3."}  # fmt: skip
-
-
-def hf_name(name: str, config: Config) -> str:
-    """layers.0.mlp.up_proj.weight -> model.layers.0.mlp.up_proj.weight; the heads stand outside of `model`."""
-    if config.moe and FAMILIES["MixtralForCausalLM"].fits(config):
-        for ours, theirs in MIXTRAL.items():
-            name = name.replace(ours, theirs)
-    return name if name.startswith(("lm_head.", "score.")) else f"model.{name}"
-
-
-def save_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
-    save_file(tensors, path, metadata)
-    with open(path, "rb+") as file:  # on the disk before the rename is, or a power cut leaves an empty file
-        os.fsync(file.fileno())
-
-
-def write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it is not a JSON object")
-        return content
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
-
-
-def read_tensors(path: Path, device="cpu") -> Iterator:
-    """(name, tensor) of a safetensors file, one at a time; a UserError when the file is cut off or damaged."""
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            for name in file.keys():
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or cut off ({error}).") from None
-
-
-def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Transformer:
-    """A model of a supported family from its Hugging Face folder, in evaluation mode."""
-    folder = find_checkpoint(folder)
-    config = Config.from_hf(read_json(folder / "config.json"))
-    with torch.device("meta"):
-        model = Transformer(config)
-    want, found = dict(model.named_parameters()) | dict(model.named_buffers()), {}
-    ours = {hf_name(n, config): n for n in want}
-    for path in sorted(folder.glob("model*.safetensors")):  # one file, or the shards of a large model
-        for name, tensor in read_tensors(path, device):
-            name = ours.get(name, name.removeprefix("model."))
-            if name not in want:
-                if name == "lm_head.weight" and config.tie or name.endswith("rotary_emb.inv_freq"):
-                    continue
-                raise UserError(f"{path} holds a tensor {name!r} that its config.json has no place for.")
-            if tensor.shape != want[name].shape:
-                raise UserError(
-                    f"{path}: {name} is {tuple(tensor.shape)}, and config.json says {tuple(want[name].shape)}."
-                )
-            found[name] = tensor.to(dtype or tensor.dtype)
-    if missing := want.keys() - found.keys():
-        raise UserError(f"{folder} lacks {len(missing)} tensors, {sorted(missing)[0]} among them.")
-    model.load_state_dict(found, strict=False, assign=True)
-    if config.tie and config.head == "lm":
-        model.lm_head.weight = model.embed_tokens.weight
-    return model.eval()
-
-
-def load_state(folder: str | Path) -> tuple[dict, dict]:
-    """What a run needs to go on exactly: (optimizer tensors by name, JSON object)."""
-    folder = find_checkpoint(folder) / "state"
-    if not (folder / "state.json").is_file():
-        raise UserError(f"{folder.parent} is a finished model without the state of its run: it cannot be resumed.")
-    return dict(read_tensors(folder / "optimizer.safetensors")), read_json(folder / "state.json")
-
-
-class Tokens:
-    """One split of a data folder: windows of T tokens and the token after each.
-
-    The text is a circle (the last document's end is followed by the first document), cut into windows anew in
-    each epoch from a random starting point, and the windows come in a random order. Both depend on (seed, epoch)
-    alone, so a position, the number of windows taken so far, says exactly what comes next, for any batch size
-    and any number of ranks; and each token is a target once an epoch.
-    """
-
-    def __init__(self, folder: str | Path, split: str):
-        self.folder, self.path = Path(folder), Path(folder) / f"{split}.bin"
-        meta = read_json(self.folder / "meta.json")
-        try:
-            self.dtype, self.n = np.dtype(meta["dtype"]).newbyteorder("<"), meta["splits"][split]["tokens"]
-            self.bytes, self.vocab_size, self.eot_id = meta["splits"][split]["bytes"], meta["vocab_size"], meta["eot_id"]
-            self.file = open(self.path, "rb")
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{folder}/meta.json is not of a data folder ({error!r}): run tokenize.py prepare.") from None
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read ({error.strerror}): run tokenize.py prepare.") from None
-        self.meta, self._order = meta, (None, None)
-        size = os.fstat(self.file.fileno()).st_size
-        if size != self.n * self.dtype.itemsize:
-            raise UserError(
-                f"{self.path} has {size} bytes where meta.json counts {self.n} tokens of {self.dtype.itemsize}: "
-                "it is cut off; run tokenize.py prepare again."
-            )
-        if self.n < 2:
-            raise UserError(f"{self.path} has {self.n} tokens, too few to predict one: prepare more text.")
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) of the circle. Read, not mapped: a mapped file that shrinks underneath
-        ends the process without a word."""
-        start %= self.n
-        head = min(count, self.n - start)
-        self.file.seek(start * self.dtype.itemsize)
-        ids = np.frombuffer(self.file.read(head * self.dtype.itemsize), dtype=self.dtype)
-        if len(ids) < head:
-            raise UserError(f"{self.path} became shorter while it was read: restore it, then --resume.")
-        if ids.size and int(ids.max()) >= self.vocab_size:
-            raise UserError(
-                f"{self.path} holds token {int(ids.max())}, beyond the vocabulary of {self.vocab_size}: "
-                "it was not made with this folder's tokenizer."
-            )
-        return ids if head == count else np.concatenate([ids, self.read(0, count - head)])
-
-    def windows(self, T: int) -> int:
-        """In an epoch."""
-        return -(-self.n // T)
-
-    def batch(self, position: int, count: int, T: int, seed: int = 0):
-        """Windows number position .. position + count of the endless order -> inputs, targets (count, T) int64."""
-        K = self.windows(T)
-        x, y = np.empty((count, T), np.int64), np.full((count, T), IGNORE, np.int64)
-        for row, (epoch, i) in enumerate(divmod(position + r, K) for r in range(count)):
-            offset, order = self.order(epoch, T, seed)
-            window = int(order[i])
-            ids = self.read(offset + window * T, T + 1)
-            valid = min(T, self.n - window * T)  # the last window runs on into the first: count its tokens once
-            x[row], y[row, :valid] = ids[:-1], ids[1 : valid + 1]
-        return torch.from_numpy(x), torch.from_numpy(y)
-
-    def order(self, epoch: int, T: int, seed: int) -> tuple[int, np.ndarray]:
-        key = (epoch, T, seed)
-        if self._order[0] != key:
-            rng = np.random.default_rng([seed, epoch])
-            self._order = key, (int(rng.integers(T)), rng.permutation(self.windows(T)))
-        return self._order[1]
-
-    def in_order(self, T: int, B: int, limit: int | None = None, rank: int = 0, world: int = 1):
-        """Batches of the text from its first token to its last, each a target once: (inputs, targets).
-
-        limit: about how many tokens, as evenly spread windows; these are the same ones at every call. All batches
-        have B rows and all ranks the same number of them (rows without a target fill up): a rank that has none left
-        would let the others wait, and a batch of another size be compiled anew.
-        """
-        windows = np.arange(0, self.n - 1, T)
-        if limit is not None and limit < self.n:
-            windows = windows[np.linspace(0, len(windows) - 1, max(1, limit // T)).astype(int)]
-        share = -(-len(windows) // world)
-        windows, B = windows[rank::world], min(B, share)
-        for i in range(0, share, B):
-            starts = windows[i : i + B]
-            x, y = np.full((B, T), self.eot_id, np.int64), np.full((B, T), IGNORE, np.int64)
-            for row, start in enumerate(starts):
-                ids = self.read(int(start), min(T + 1, self.n - int(start)))
-                x[row, : len(ids) - 1], y[row, : len(ids) - 1] = ids[:-1], ids[1:]
-            yield torch.from_numpy(x), torch.from_numpy(y)
-
-    def documents(self, x):
-        """Which document each token is of, counted within its row: (B, T) -> (B, T); its end belongs to it."""
-        ends = (x == self.eot_id).int()
-        return ends.cumsum(1) - ends
-
-    @property
-    def token_bytes(self) -> torch.Tensor:
-        """Bytes of text that each id stands for (V,); 0 for special tokens, which nobody wrote."""
-        if not hasattr(self, "_token_bytes"):
-            tokenizer = load_tokenizer(self.folder)
-            special = set(tokenizer.special.values())
-            sizes = [0 if i in special else len(b) for i, b in enumerate(tokenizer.token_bytes)]
-            self._token_bytes = torch.tensor(sizes)
-        return self._token_bytes
-
-
-class Mixture:
-    """Several sources, each in its own seeded order, drawn by weight.
-
-    `taken`, the windows of each source so far, is all that a run has to remember of its data.
-    """
-
-    def __init__(self, sources: list[Tokens], weights: list[float], seed: int):
-        self.sources, self.seed = sources, seed
-        self.share = np.array(weights) / sum(weights)
-
-    def draw(self, step: int, count: int, taken: list[int]) -> tuple[list[tuple[int, int]], list[int]]:
-        """The windows of a global batch, the same on all ranks: [(source, position in its order)], new `taken`."""
-        rng = np.random.default_rng([self.seed, step])
-        picks = rng.choice(len(self.share), count, p=self.share) if len(self.share) > 1 else np.zeros(count, int)
-        plan, taken = [], list(taken)
-        for source in picks.tolist():
-            plan.append((source, taken[source]))
-            taken[source] += 1
-        return plan, taken
-
-    def read(self, plan: list[tuple[int, int]], T: int):
-        """-> inputs, targets (len(plan), T)."""
-        rows = [self.sources[s].batch(position, 1, T, self.seed) for s, position in plan]
-        return torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
-
-
-def open_data(specs: tuple[str, ...]) -> tuple[list[Tokens], list[Tokens], list[float]]:
-    """FOLDER or FOLDER:WEIGHT, several -> training splits, validation splits, weights."""
-    train, val, weights = [], [], []
-    for spec in specs:
-        folder, colon, weight = spec.rpartition(":")
-        if not colon or Path(spec).exists() or "/" in weight or "\\" in weight:  # no weight, or a drive's colon
-            folder, weight = spec, "1"
-        try:
-            weights.append(float(weight))
-        except ValueError:
-            raise UserError(f"--data {spec}: {weight!r} is not a weight; write FOLDER or FOLDER:WEIGHT.") from None
-        if not weights[-1] > 0:
-            raise UserError(f"--data {spec}: a weight has to be above zero.")
-        if not Path(folder).is_dir():
-            raise UserError(f"There is no data folder {folder}: make one with `python tokenize.py prepare`.")
-        train.append(Tokens(folder, "train"))
-        val.append(Tokens(folder, "val"))
-    texts = {(t.folder / "tokenizer.json").read_bytes() for t in train if (t.folder / "tokenizer.json").exists()}
-    if len(texts) != 1:
-        raise UserError("The data folders have different tokenizers (or none): prepare them with the same --tokenizer.")
-    return train, val, weights
-
-
-def fingerprint(sources: list[Tokens]) -> list:
-    """Enough to notice that a data folder is not the one it was: sizes, files, tokenizer."""
-    return [[t.n, t.meta.get("files_sha256"), seed_of((t.folder / "tokenizer.json").read_bytes())] for t in sources]
-
-
-@torch.no_grad()
-def evaluate(model, tokens: Tokens, T: int, B: int = 16, limit: int | None = None, forward: Callable | None = None,
-             share: tuple[int, int] | None = None):
-    """{"val_loss": nats per token, "val_bpb": bits per byte of text, "val_tokens"}; the same number in every chapter.
-
-    forward: (inputs, targets) -> loss per token, the model's own by default. Sums over all ranks; share: which part
-    of the text is this rank's, (rank, world) where ranks that split a model read the same.
-    """
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
-    rank, world = share or rank_and_world()
-    total = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    sizes = tokens.token_bytes
-    for x, y in tokens.in_order(T, B, limit, rank, world):
-        xd, yd = x.to(device), y.to(device)
-        losses = forward(xd, yd) if forward else model(xd, yd)[0]
-        real = y[y != IGNORE]
-        total += torch.tensor([losses.cpu().double().sum().item(), len(real), sizes[real].sum()], dtype=torch.float64)
-    if rank_and_world()[1] > 1:
-        total = total.to(device)
-        torch.distributed.all_reduce(total)
-        total /= rank_and_world()[1] / world
-    model.train(was_training)
-    nats, count, size = total.tolist()
-    return {"val_loss": nats / count, "val_bpb": nats / math.log(2) / max(size, 1), "val_tokens": int(count)}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Part III: the run
-# ------------------------------------------------------------------------------------------------------------
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"Device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return torch.device(name)
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Of activations and matrix products. auto: bf16 where the machine multiplies it faster, else fp32."""
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if name in named:
-        return named[name]
-    if name != "auto":
-        raise UserError(f"--dtype is one of auto, {', '.join(named)}; not {name!r}.")
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu":
-        cpu = torch.cpu  # public names in 2.13, private ones before
-        has = cpu.get_capabilities() if hasattr(cpu, "get_capabilities") else {}
-        amx = has.get("amx_bf16") or getattr(cpu, "_is_amx_tile_supported", bool)()
-        avx = has.get("avx512_bf16") or getattr(cpu, "_is_avx512_bf16_supported", bool)()
-        return torch.bfloat16 if amx or avx else torch.float32
-    return torch.float32
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.15, kept: str | Path = "") -> float:
-    """FLOP/s of the best large matrix product on this machine, measured now: the denominator of MFU.
-
-    kept: the file that `bench.py machine` writes; what it says is taken where it is of this hour and this machine.
-    """
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        facts = json.loads(Path(kept).read_text()) if kept else {}
-        same = facts["device"] == device.type and facts["threads"] == torch.get_num_threads()
-        if same and time.time() - Path(kept).stat().st_mtime < 3600:
-            return facts["flops"][{torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]]
-    n = 8192 if device.type == "cuda" else 256 if dtype == torch.float16 and device.type == "cpu" else 2048  # slow there
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    a @ b
-    best, end = 0.0, time.perf_counter() + seconds
-    while best == 0 or time.perf_counter() < end:
-        synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    return best
-
-
-@dataclass
-class Ranks:
-    """Where this process stands among those that torchrun started; one of one without it."""
-
-    rank: int = 0
-    local_rank: int = 0
-    world: int = 1
-    device: torch.device = torch.device("cpu")
-
-
-def setup_distributed(device: str = "auto", timeout: float = 600) -> Ranks:
-    """Join the process group that torchrun's environment describes: NCCL for CUDA's tensors, gloo for the CPU's.
-
-    timeout: seconds after which a rank that does not answer counts as dead."""
-    if "RANK" not in os.environ:
-        return Ranks(device=pick_device(device))
-    if device == "auto" and not torch.cuda.is_available():
-        device = "cpu"  # gloo moves no tensors of Apple's GPU
-    rank, local, world = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        torch.cuda.set_device(local)  # before the first tensor: else every rank opens a context on GPU 0
-    picked = pick_device(device)
-    if picked.type == "cuda":
-        picked = torch.device("cuda", local)
-    if not torch.distributed.is_initialized():
-        options = {"timeout": datetime.timedelta(seconds=timeout)}
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        if attempt != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun's store still has the addresses of the processes before the restart: look elsewhere in it
-            dist = torch.distributed
-            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, False)
-            options |= {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank, "world_size": world}
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo", **options)
-    return Ranks(rank, local, world, picked)
-
-
-def rank_and_world() -> tuple[int, int]:
-    dist = torch.distributed
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-class Optimizer:
-    """One or two of torch.optim's optimizers behind one face; its state is keyed by parameter name."""
-
-    def __init__(self, named: dict[str, nn.Parameter], parts: list[torch.optim.Optimizer]):
-        self.parts = parts
-        self.names = {p: n for n, p in named.items()}
-
-    def set_lr(self, lr: float) -> None:
-        for group in (g for part in self.parts for g in part.param_groups):
-            group["lr"] = lr * group["lr_scale"]
-
-    def step(self) -> None:
-        for part in self.parts:
-            part.step()
-
-    def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> dict:
-        """{"layers.0.mlp.up_proj.weight/exp_avg": tensor, ...}"""
-        state = ((self.names[p], s) for part in self.parts for p, s in part.state.items())
-        return {f"{name}/{key}": torch.as_tensor(v).cpu().contiguous() for name, s in state for key, v in s.items()}
-
-    def load_state_dict(self, tensors: dict) -> None:
-        for part in self.parts:
-            for p in (p for group in part.param_groups for p in group["params"]):
-                own = {k.rpartition("/")[2]: v for k, v in tensors.items() if k.rpartition("/")[0] == self.names[p]}
-                part.state[p] = {k: v.to(p.device) for k, v in own.items()}  # fused: the step count too
-
-
-def build_optimizer(
-    model, name: str = "muon", lr: float = 1e-3, weight_decay: float = 0.1, betas=(0.9, 0.95), mup_base=None,
-    stand_ins: dict | None = None,
-):
-    """AdamW on everything; or Muon on the layers' matrices (of experts one by one) and AdamW on the rest (embedding, norms,
-    biases).
-
-    Weight decay acts on matrices only. Muon's update is scaled to the root mean square of AdamW's
-    (Liu et al. 2025, 2502.16982, eq. 4), so that one learning rate serves both. mup_base: the width at which lr was
-    found; the steps of this width are scaled so that it stays the best one (see init_weights).
-    stand_ins: {name: tensor to update in the parameter's place, or None where another rank does} (parallel.py).
-    """
-    if name not in ("adamw", "muon"):
-        raise UserError(f"--optimizer is adamw or muon, not {name!r}.")
-    m = model.config.n_embd / mup_base if mup_base else 1.0
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad} | (stand_ins or {})
-    named = {n: p for n, p in named.items() if p is not None}
-    hidden = [p for n, p in named.items() if p.dim() == 2 and n.startswith("layers.")]
-    tables = [p for n, p in named.items() if p.dim() == 2 and not n.startswith("layers.")]
-    vectors = [p for n, p in named.items() if p.dim() < 2 and n != "norm.weight"]
-    assert all(p.dim() <= 2 for p in named.values()), "a tensor of three dimensions would be in no group"
-    adamw = [
-        {"params": tables, "weight_decay": weight_decay, "lr_scale": 1.0},
-        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
-        {"params": [p for n, p in named.items() if n == "norm.weight"], "weight_decay": 0.0, "lr_scale": 1 / m},
-    ]
-    parts = []
-    if name == "adamw":
-        adamw.append({"params": hidden, "weight_decay": weight_decay * m, "lr_scale": 1 / m})
-    elif hidden:  # an orthogonal update times sqrt(width) is to be as large, as an operator, at every width
-        group = {"params": hidden, "weight_decay": weight_decay * m**0.5, "lr_scale": m**-0.5}
-        parts.append(torch.optim.Muon([group], lr, adjust_lr_fn="match_rms_adamw"))
-    fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
-    if adamw := [g for g in adamw if g["params"]]:  # (with LoRA Muon may have them all)
-        parts.append(torch.optim.AdamW(adamw, lr, betas, eps=1e-10, fused=fused))
-    return Optimizer(named, parts)
-
-
-def option(default, help: str):
-    """A field of Options: its default and what --help says of it."""
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-@dataclass
-class Options:
-    """A run, as its checkpoint remembers it. None: derived (see `derive`), and then stored as what it became."""
-
-    data: tuple[str, ...] = option(("data/python",), "Data folder, or FOLDER:WEIGHT; several times for a mixture.")
-    out: str = option("out/python", "Checkpoint folder to write.")
-    objective: str = option("clm", "clm: the next token. mlm: masked tokens, bidirectional.")
-    init: str | None = option(None, "Start from the weights of this checkpoint folder (an upcycled one, say).")
-    preset: str = option("micro", f"Size of the model: {', '.join(PRESETS)}.")
-    n_layer: int | None = option(None, "Layers, instead of the preset's.")
-    n_head: int | None = option(None, "Attention heads.")
-    n_kv_head: int | None = option(None, "Key-value heads (a divisor of the heads).")
-    n_embd: int | None = option(None, "Width; the feed-forward width follows in proportion.")
-    seq_len: int | None = option(None, "Context in tokens.")
-    n_expert: int = option(0, "Experts in each layer's feed-forward part (moe.py); 0: dense.")
-    n_expert_active: int = option(2, "Experts that a token goes to.")
-    n_expert_shared: int = option(0, "Experts that every token goes to, beside those.")
-    expert_dim: int | None = option(None, "Width of an expert; so that a token costs what the dense model's does.")
-    router: str = option("softmax", "softmax over the experts, or sigmoid of each.")
-    balance: str = option("loss", "loss: Switch's auxiliary loss. bias: DeepSeek's, without one. none.")
-    balance_rate: float | None = option(None, "Weight of that loss (0.01), or the bias's step (0.001).")
-    z_loss: float = option(0.0, "Weight of the router's z-loss; 0.001 keeps its logits small.")
-    capacity: float | None = option(None, "Most tokens of a sequence that an expert takes, in means; the rest is dropped.")
-    max_steps: int = option(1000, "Optimizer steps.")
-    tokens_per_step: int = option(4096, "Tokens of a step, over all ranks and micro-batches.")
-    micro_batch: int | None = option(None, "Sequences at once on a device: memory and speed only.")
-    batch_ramp: int = option(0, "Steps over which the batch grows from an eighth.")
-    optimizer: str = option("muon", "muon (matrices; AdamW on the rest) or adamw.")
-    lr: float = option(1e-2, "Peak learning rate; 2e-3 to 2e-2 with muon, 3e-4 to 3e-3 with adamw.")
-    warmup_steps: int = option(30, "Steps of linear warm-up.")
-    schedule: str = option("wsd", "wsd (stable, then a line down), cosine or constant.")
-    min_lr: float = option(0.1, "Where the schedule ends, as a fraction of --lr.")
-    weight_decay: float = option(0.1, "Of matrices only.")
-    grad_clip: float = option(1.0, "Largest norm of the gradient.")
-    dropout: float = option(0.0, "For data that is seen many times: 0.1 to 0.3.")
-    mup_base: int | None = option(None, "Width at which --lr was found: scale it to this one (muP).")
-    doc_mask: bool = option(False, "Tokens see their own document only.")
-    dtype: str = option("auto", "auto, fp32, bf16 or fp16 (with loss scaling).")
-    device: str = option("auto", "auto, cpu, cuda or mps.")
-    compile: str = option("auto", "auto (when the run is long enough to win), on or off.")
-    recompute: str = option("none", "block: keep only each block's input; none, selective.")
-    eval_interval: int = option(250, "Steps between evaluations.")
-    eval_tokens: int | None = option(100_000, "Validation tokens of each; 0: all. The last takes all.")
-    save_interval: int = option(250, "Steps between checkpoints.")
-    target_loss: float | None = option(None, "Stop at the first evaluation at or below it.")
-    patience: int | None = option(None, "Stop after so many evaluations without a better one; kept in OUT-best.")
-    noise_scale: bool = option(False, "Measure the critical batch size.")
-    seed: int = option(0, "Of the weights and the order of the data.")
-
-
-def run_command(main: Callable, leave_out: tuple[str, ...] = (), options: type = Options) -> Callable:
-    """`main(given, ...)` as a typer command that also has the Options (but those left out) as its options.
-
-    given: those that the user wrote, as Options takes them; what was left at its default is not in it.
-    """
-    import inspect
-    from typing import Annotated, get_type_hints
-
-    import typer
-
-    types = get_type_hints(options)
-    fields = [f for f in dataclasses.fields(options) if f.name not in leave_out]
-
-    def command(ctx: typer.Context, **values):
-        if ctx.invoked_subcommand:  # where this is the callback of a group of commands
-            return None
-        written = {k for k in values if ctx.get_parameter_source(k).name == "COMMANDLINE"}
-        given = {f.name: values.pop(f.name) for f in fields}
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in written}
-        if given.get("eval_tokens") == 0:
-            given["eval_tokens"] = None
-        return main(given, **values)
-
-    def parameter(f):
-        several = isinstance(f.default, tuple)
-        kind, names = (list[str] if several else types[f.name]), ()
-        if kind is bool:  # a flag, without its --no-
-            names = (f"--{f.name.replace('_', '-')}",)
-        default = list(f.default) if several else f.default
-        note = Annotated[kind, typer.Option(*names, help=f.metadata["help"])]
-        return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=note)
-
-    own = list(inspect.signature(main, eval_str=True).parameters.values())[1:]
-    context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-    command.__signature__ = inspect.Signature([context, *[parameter(f) for f in fields], *own])
-    command.__annotations__ = {name: p.annotation for name, p in command.__signature__.parameters.items()}
-    command.__doc__ = main.__doc__
-    return command
-
-
-def lr_at(step: int, max_steps: int, warmup_steps: int, schedule: str = "cosine", min_lr: float = 0.1) -> float:
-    """The fraction of the peak learning rate at a step, 0-based; it ends at min_lr, a tenth by default.
-
-    Warm-up is linear. Then cosine (Loshchilov & Hutter 2016, 1608.03983), or warm-up-stable-decay (Hu et al. 2024,
-    2404.06395): constant, and in the last 40 % a straight line down. "constant" stays.
-
-    >>> [round(lr_at(s, 100, 10), 2) for s in (0, 9, 55, 99)]
-    [0.1, 1.0, 0.55, 0.1]
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    done = (step - warmup_steps + 1) / max(1, max_steps - warmup_steps)  # in (0, 1]
-    if schedule == "cosine":
-        return min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return min_lr + (1 - min_lr) * min(1.0, max(0.0, 1 - done) / 0.4)
-
-
-def windows_at(step: int, full: int, ramp_steps: int, world: int = 1) -> int:
-    """Sequences in a step: while the batch ramps, from an eighth up to all, in whole multiples of the ranks.
-
-    >>> [windows_at(s, 64, 4) for s in range(6)]
-    [8, 22, 36, 50, 64, 64]
-    """
-    if step >= ramp_steps:
-        return full
-    return max(1, int(full * (0.125 + 0.875 * step / ramp_steps)) // world) * world
-
-
-def routing_record(aux, config: Config) -> dict:
-    """What metrics.jsonl says of a step's routing: means over the layers with experts; {} where there are none."""
-    if not config.moe:
-        return {}
-    aux = aux[[i for i in range(config.n_layer) if config.is_sparse(i)]].float().cpu()
-    load = aux[:, len(AUX) - 1 :]
-    record = {name: float(column) for name, column in zip(AUX, aux.mean(0), strict=False) if name != "load"}
-    record |= {"aux_loss": float(aux[:, 0].sum()), "load_max": float((load.amax(1) / load.mean(1)).max())}
-    return record | {"load": [[round(x, 4) for x in row] for row in load.tolist()]}
-
-
-def make_config(o: Options, tokens: Tokens) -> Config:
-    sized = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_expert", "n_expert_shared", "expert_dim")
-    if o.init:
-        if given := [name for name in sized if getattr(o, name)]:
-            raise UserError(f"--{given[0].replace('_', '-')} cannot be chosen: the sizes are those of --init {o.init}.")
-        folder = find_checkpoint(o.init)
-        if (folder / "tokenizer.json").read_bytes() != (tokens.folder / "tokenizer.json").read_bytes():
-            raise UserError(f"{o.init} and {tokens.folder} have different tokenizers: prepare the text with the former's "
-                            f"(tokenize.py prepare --tokenizer {o.init}/tokenizer.json).")  # fmt: skip
-        config = Config.from_hf(read_json(folder / "config.json"))
-        if config.causal != (o.objective == "clm"):
-            raise UserError(f"{o.init} is a {'causal' if config.causal else 'masked'} model: --objective has to be its own.")
-        return config.replace(seq_len=o.seq_len) if o.seq_len else config
-    if not o.n_expert and not getattr(PRESETS.get(o.preset), "moe", None) and (o.n_expert_shared or o.expert_dim or o.capacity or o.z_loss):
-        raise UserError("Options of a mixture need --n-expert, the number of experts.")
-    if o.preset not in PRESETS:
-        raise UserError(f"--preset is one of {', '.join(PRESETS)}; not {o.preset!r}.")
-    config = PRESETS[o.preset]
-    sizes = {k: getattr(o, k) for k in ("n_layer", "n_head", "n_kv_head", "n_embd", "seq_len")}
-    sizes = {k: v for k, v in sizes.items() if v is not None}
-    if "n_embd" in sizes:  # the other widths follow, in the preset's proportions
-        if "n_head" not in sizes:
-            sizes["n_head"] = max(1, sizes["n_embd"] // config.head_dim)
-        if sizes["n_embd"] % sizes["n_head"]:
-            raise UserError(f"A width of {sizes['n_embd']} does not divide into {sizes['n_head']} heads.")
-        sizes["head_dim"] = sizes["n_embd"] // sizes["n_head"]
-        sizes["ffn_dim"] = pad_vocab(round(sizes["n_embd"] * config.ffn_dim / config.n_embd), 32)
-    if "n_head" in sizes:
-        group = config.n_head // config.n_kv_head
-        sizes.setdefault("n_kv_head", sizes["n_head"] // group if sizes["n_head"] % group == 0 else sizes["n_head"])
-    if o.n_expert:
-        width = o.expert_dim or max(8, round(sizes.get("ffn_dim", config.ffn_dim) / (o.n_expert_active + o.n_expert_shared)))
-        sizes["moe"] = MoEConfig(o.n_expert, o.n_expert_active, width, o.n_expert_shared, score=o.router,
-                                 bias=o.balance == "bias")  # fmt: skip
-    special = load_tokenizer(tokens.folder).special
-    return config.replace(
-        vocab_size=pad_vocab(tokens.vocab_size), causal=o.objective == "clm", eos_id=tokens.eot_id,
-        pad_id=special.get("<|pad|>"), **sizes,
-    )  # fmt: skip
-
-
-def derive(o: Options, config: Config, world: int, device: torch.device) -> None:
-    """Check what a user can get wrong, and fill in what follows from the rest."""
-    named = {"objective": ("clm", "mlm"), "schedule": ("cosine", "wsd", "constant"),
-             "compile": ("auto", "on", "off"), "recompute": ("none", "block", "selective"),
-             "balance": ("loss", "bias", "none"), "router": ("softmax", "sigmoid")}  # fmt: skip
-    for name, allowed in named.items():
-        if getattr(o, name) not in allowed:
-            raise UserError(f"--{name} is one of {', '.join(allowed)}; not {getattr(o, name)!r}.")
-    for name in ("max_steps", "eval_interval", "save_interval", "tokens_per_step", "lr", "grad_clip"):
-        if getattr(o, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} has to be above zero.")
-    if not 0 <= o.dropout < 1:
-        raise UserError(f"--dropout {o.dropout} is not a share of the activations: 0 up to, not with, 1.")
-    if config.moe and o.balance == "bias" and not config.moe.bias:
-        raise UserError(f"--balance bias needs a router that has a bias, and that of {o.init or o.preset} has none: use --balance loss.")
-    if o.capacity is not None and not o.capacity > 0:
-        raise UserError("--capacity has to be above zero; 1.25 leaves a quarter of room over the mean.")
-    if o.balance_rate is None:
-        o.balance_rate = {"loss": 0.01, "bias": 0.001, "none": 0.0}[o.balance]
-    windows = o.tokens_per_step // config.seq_len
-    if windows == 0 or windows % world:
-        near = config.seq_len * world * max(1, round(windows / world))
-        raise UserError(
-            f"--tokens-per-step {o.tokens_per_step} does not divide into sequences of {config.seq_len} on {world} "
-            f"process{'es' * (world > 1)}: {near} does."
-        )
-    if o.micro_batch is None:  # a CPU is busy with 8k tokens; a GPU takes what its logits and activations allow
-        o.micro_batch = max(1, (8192 if device.type == "cpu" else 32768) // config.seq_len)
-    if o.compile == "auto":
-        # Start-up is some 40 s, and what is won per step some 10 % on CPU, a third on CUDA: it has to be a long run.
-        # Judged by operations, not by the clock, so that a resumed run decides the same.
-        flops = config.flops_per_token() * o.tokens_per_step * o.max_steps
-        o.compile = "on" if flops > {"cpu": 3e14, "cuda": 2e16}.get(device.type, math.inf) else "off"
-    o.dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[pick_dtype(o.dtype, device)]
-
-
-def resumed(folder: str, given: dict, state: dict | None = None, kind: type = Options) -> Options:
-    """The options of a run to go on with, those given now on top where that keeps the run the same run."""
-    state = state or load_state(folder)[1]
-    if state["finished"] and given.get("max_steps", 0) <= state["at"]:
-        raise UserError(f"{folder} is finished: there is nothing to resume (a larger --max-steps trains it further).")
-    free = {"max_steps", "device", "micro_batch", "save_interval", "eval_interval", "eval_tokens", "target_loss",
-            "patience", "noise_scale", "recompute", "micro_tokens"}  # fmt: skip
-    kept = {k: tuple(v) if isinstance(v, list) else v for k, v in state["options"].items()}
-    if state.get("stage", kind.__name__) != kind.__name__ or kept.keys() - {f.name for f in dataclasses.fields(kind)}:
-        raise UserError(f"{folder} was made by another command: resume it with that one.")
-    options = kind(**kept | {"out": folder})
-    for name, value in given.items():
-        if name in free:
-            setattr(options, name, value)
-        elif value != getattr(options, name):
-            raise UserError(f"--{name.replace('_', '-')} cannot change on --resume: start a run of its own (--out).")
-    return options
-
-
-def default_data(folder: str) -> None:
-    """No data folder yet: let tokenize.py make the embedded one, as a command of its own."""
-    say(f"No data in {folder}: preparing the sources of this Python (python tokenize.py prepare), once.")
-    command = [sys.executable, str(Path(__file__).with_name("tokenize.py")), "prepare", "--output", folder]
-    code = subprocess.run(command).returncode
-    if code:
-        raise UserError(f"tokenize.py prepare ended with exit code {code}; its words above say why.")
-
-
-def check_out(out: Path, overwrite: bool) -> None:
-    """Nothing that exists is lost: a run's folder needs --overwrite, anything else is never replaced."""
-    is_run = (out / "config.json").exists() or Path(f"{out}.old").exists()
-    if is_run and not overwrite:
-        raise UserError(f"{out} holds a run already: --resume {out} goes on with it, --overwrite begins again.")
-    if not is_run and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not a checkpoint folder: choose another --out.")
-
-
-class Stopping:
-    """Ctrl-C and SIGTERM ask the loop to save and end; a second Ctrl-C ends it at once."""
-
-    def __init__(self):
-        self.asked = False
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(self, number, frame):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-class Log:
-    """metrics.jsonl for programs, a progress bar for people; lines where there is no terminal."""
-
-    def __init__(self, folder: Path, lines: list[str], steps: int, done: int, rank: int):
-        self.path, self.lines, self.rank, self.file = folder / "metrics.jsonl", lines, rank, None
-        self.shown, self.bar = time.perf_counter(), None
-        if rank == 0 and console().is_terminal:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = ("step", MofNCompleteColumn(), BarColumn(24), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
-            self.bar = Progress(*columns, console=console())
-            self.task = self.bar.add_task("", total=steps, completed=done, text="")
-            self.bar.start()
-        self.steps = steps
-
-    def open(self) -> None:
-        """Continue the file in the checkpoint folder (a save has just put a new folder in its place)."""
-        if self.rank == 0:
-            self.file = self.guard(lambda: open(self.path, "a", encoding="utf-8"))
-
-    def text(self) -> str:
-        return "".join(line + "\n" for line in self.lines)
-
-    def close(self) -> None:
-        file, self.file = self.file, None
-        if file:
-            self.guard(file.close)
-
-    def guard(self, write):
-        try:
-            return write()
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written ({error.strerror}).") from None
-
-    def write(self, record: dict) -> None:
-        if self.rank == 0:
-            self.lines.append(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}))
-            self.guard(lambda: (self.file.write(self.lines[-1] + "\n"), self.file.flush()))
-
-    def show(self, step: int, text: str, left: float) -> None:
-        if self.bar:
-            self.bar.update(self.task, completed=step, text=text)
-        elif time.perf_counter() - self.shown > 10 or step == self.steps:
-            say(f"step {step}/{self.steps}  {left / 60:.1f} min left  {text}")
-            self.shown = time.perf_counter()
-
-    def say(self, text: str) -> None:
-        if self.rank == 0:
-            (self.bar.console if self.bar else console()).print(text, highlight=False)
-
-    def stop(self) -> None:
-        self.close()
-        if self.bar:
-            self.bar.stop()
-            self.bar = None
-
-
-def say(message: str = "", **style) -> None:
-    """To the terminal (standard error: standard output is for results), from rank 0 alone."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        console().print(message, highlight=False, **style)
-
-
-def console():
-    from rich.console import Console  # a tenth of a second that a command with no words for people saves
-
-    return Console(stderr=True, soft_wrap=True)
-
-
-def run_app(app: Callable) -> None:
-    """Run a typer app or command: a UserError is one sentence and exit code 2, Ctrl-C is 130, never a traceback."""
-    code = 0
-    try:
-        app()
-    except UserError as error:
-        from rich.markup import escape
-
-        say(f"[bold red]error:[/] {escape(str(error))}")
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            with contextlib.suppress(RuntimeError):
-                torch.distributed.destroy_process_group()
-    if code:
-        sys.exit(code)
+        mask = torch.ones(1, T, S, dtype=torch.bool).tril()
+    if mask is not None:
+        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf).repeat(1, G, 1)
+        bias = bias if len(bias) == 1 else bias.repeat_interleave(K, 0)
+    p = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=D**-0.5).softmax(-1)  # (B*K, G*T, S)
+    return torch.bmm(p, v).view(B, H, T, D)
