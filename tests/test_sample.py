@@ -1,4 +1,4 @@
-"""sample.py: each filter by a hand-worked example, the text by `model.generate`, the command by what it prints."""
+"""Test sample.py: filters by hand-worked examples, texts by `model.generate`, the command by its words."""
 
 import doctest
 import io
@@ -9,13 +9,18 @@ import sys
 import time
 from functools import partial
 
+from model import (
+    Config, Transformer, UserError, generate, load_model, load_tokenizer, render, round_up, save_checkpoint,
+)
+
 import pytest
 import torch
 from conftest import ROOT, command
 
 import sample as sampling
-from model import Config, Transformer, UserError, generate, load_model, load_tokenizer, pad_vocab, save_checkpoint
-from sample import Reader, draw, fill, keep_top_k, keep_top_p, newest_checkpoint, sample, stream, temper, write_stream
+from sample import (
+    Reader, draw, fill, keep_top_k, keep_top_p, newest_checkpoint, pieces, sample, stream, temper, write,
+)
 
 PROMPT = "def größe(x): 日本"
 
@@ -44,7 +49,7 @@ def make(vocab, folder, seed=0, **changes):
     """A random model whose logits are as large as a trained one's, in a checkpoint folder."""
     tokenizer = load_tokenizer(vocab)
     sizes = dict(seq_len=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, head_dim=16, ffn_dim=48)
-    facts = dict(vocab_size=pad_vocab(tokenizer.n_vocab), eos_id=tokenizer.eot_id, pad_id=tokenizer.special["<|pad|>"])
+    facts = dict(vocab_size=round_up(tokenizer.n_vocab), eos_id=tokenizer.eot_id, pad_id=tokenizer.pad_id)
     net = Transformer(Config(**sizes | facts | changes)).init_weights(seed)
     with torch.no_grad():
         net.lm_head.weight.mul_(20)
@@ -57,9 +62,14 @@ def folder(vocab, tmp_path_factory):
     return make(vocab, tmp_path_factory.mktemp("model") / "a", tie=False)
 
 
+def go(folder, **options):
+    """Run the command, called as a function."""
+    sampling.main(sampling.Options(folder, **{"device": "cpu"} | options))
+
+
 def run(capsys, folder, **options):
-    """The command, called as a function -> its JSON lines."""
-    sampling.main(folder, **{"max_new_tokens": 30, "seed": 0, "device": "cpu", "as_json": True} | options)
+    """Run the command -> its JSON lines."""
+    go(folder, **{"max_new_tokens": 30, "seed": 0, "as_json": True} | options)
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
@@ -92,13 +102,15 @@ def test_top_k():
     assert rows.tolist() == [[-torch.inf, 2.0], [4.0, -torch.inf]]
 
 
-@pytest.mark.parametrize("p, nucleus", [(0.4, [1]), (0.6, [1, 3]), (0.8, [1, 3]), (0.85, [0, 1, 3]), (1, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    "p, nucleus", [(0.4, [1]), (0.6, [1, 3]), (0.8, [1, 3]), (0.85, [0, 1, 3]), (1, [0, 1, 2, 3])]
+)
 def test_top_p_by_hand(p, nucleus):
     assert kept(keep_top_p(torch.tensor([0.12, 0.5, 0.07, 0.31]).log(), p)) == nucleus
 
 
 def test_top_p_erratum():
-    """The chapter's mask `cumsum <= p` drops the token that crosses p, and all of them where the first one does."""
+    """The chapter's mask `cumsum <= p` drops the token that crosses p, and all where the first one does."""
     probs = torch.tensor([0.9, 0.06, 0.04])
     chapter = probs.cumsum(-1) <= 0.5
     assert not chapter.any()  # nothing is left to draw from
@@ -116,7 +128,8 @@ def test_top_p_is_the_smallest_set_that_reaches_p():
         probs = logits.softmax(-1)
         mass = (probs * left).sum(-1)
         least = probs.masked_fill(~left, 2).amin(-1)
-        assert (mass >= p - 1e-5).all() and (mass - least < p + 1e-5).all()  # reaches p, and not without its last
+        assert (mass >= p - 1e-5).all()  # reaches p,
+        assert (mass - least < p + 1e-5).all()  # and not without its last
         assert (least >= probs.masked_fill(left, 0).amax(-1)).all()  # the likeliest ones
     assert keep_top_p(logits, 1.0).isfinite().all()
     assert (keep_top_p(logits, 0.0).isfinite().sum(-1) == 1).all()  # never empty
@@ -132,7 +145,7 @@ def test_draw_follows_the_probabilities():
 def test_sample_composes():
     logits = torch.tensor([[5.0, 1.0, 4.0, 3.0, 9.0]])
     assert sample(logits, temperature=0).tolist() == [4]
-    assert sample(logits, temperature=0, n_vocab=4).tolist() == [0]  # padding of the vocabulary is never produced
+    assert sample(logits, temperature=0, n_vocab=4).tolist() == [0]  # never the vocabulary's padding
     many = logits.expand(500, 5)
     assert set(sample(many, n_vocab=4, temperature=50.0).tolist()) == {0, 1, 2, 3}
     assert set(sample(many, n_vocab=4, temperature=50.0, top_k=2).tolist()) == {0, 2}
@@ -174,21 +187,36 @@ def test_the_cache_reads_each_token_once(folder):
         assert lengths == want  # and nothing is read that nobody asks for
 
 
-def test_never_half_a_character(vocab):
+def test_never_half_a_character(vocab, capsys):
     tokenizer = load_tokenizer(vocab)
     ids = tokenizer.encode("aé日🎉b")
     assert len(ids) > 5  # characters in pieces
-
-    class Out(io.StringIO):
-        def write(self, piece):
-            pieces.append(piece)
-
-    pieces, new = [], []
-    text = write_stream("", iter([*ids, tokenizer.eot_id]), tokenizer, {tokenizer.eot_id}, new, Out())
-    assert text == "aé日🎉b" == "".join(pieces).rstrip("\n") and "\ufffd" not in "".join(pieces)
-    assert new == [*ids, tokenizer.eot_id] and len(pieces) >= 5  # streamed, not printed at the end
+    new = []
+    texts = list(pieces(iter([*ids, tokenizer.eot_id]), tokenizer, {tokenizer.eot_id}, new))
+    assert "".join(texts) == "aé日🎉b" and new == [*ids, tokenizer.eot_id]
+    assert sum(map(bool, texts)) >= 5  # streamed, not held back to the end
     broken = tokenizer.encode("日")[:1] + tokenizer.encode("x")
-    assert write_stream("", iter(broken), tokenizer, set(), []) == tokenizer.decode(broken) == "\ufffdx"
+    assert "".join(pieces(broken, tokenizer, set(), [])) == tokenizer.decode(broken) == "\ufffdx"
+
+    def slow():
+        yield "a"
+        assert capsys.readouterr().out == "a"  # it was written before the next one was asked for
+        yield "b"
+
+    write(slow())
+    assert capsys.readouterr().out == "b\n"
+
+
+def test_a_text_is_read_from_where_it_parts(folder):
+    net, lengths = load_model(folder), []
+    reader = Reader(net, 16)
+    net.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    texts = ([1, 2, 3], 3), ([1, 2, 3, 4, 5], 2), ([1, 2, 9], 1), ([1, 2, 9], 1), ([7, 2], 2), ([7], 1)
+    for ids, read in texts:
+        lengths.clear()
+        logits = reader.read_text(ids)
+        assert lengths == [read]
+        torch.testing.assert_close(logits, net(torch.tensor([ids]))[0][:, -1], rtol=1e-4, atol=1e-4)
 
 
 # --- the command ---
@@ -202,22 +230,24 @@ def test_json(folder, capsys):
     assert facts["ids"] == {"prompt": ids, "continuation": want}
     assert facts["text"] == tokenizer.decode(want) and facts["finish_reason"] == "length"
     assert facts["prefill_ms"] > 0 and facts["tok_per_s"] > 0 and facts["seed"] == 0
-    same = (dict(no_cache=True), dict(seed=5), dict(top_k=1, temperature=1.0), dict(top_p=1e-9, temperature=1.0))
-    for options in same:
+    hot = dict(temperature=1.0)
+    for options in (dict(no_cache=True), dict(seed=5), hot | dict(top_k=1), hot | dict(top_p=1e-9)):
         [again] = run(capsys, folder, **dict(prompt=PROMPT, temperature=0, ignore_eos=True) | options)
         assert again["ids"] == facts["ids"]
 
 
 def test_options_change_something(folder, capsys):
     texts = {}
-    changes = dict(base={}, seed=dict(seed=1), hot=dict(temperature=3.0), top_k=dict(top_k=2), top_p=dict(top_p=0.2))
+    changes = dict(base={}, seed=dict(seed=1), hot=dict(temperature=3.0))
+    changes |= dict(top_k=dict(top_k=2), top_p=dict(top_p=0.2))
     for name, options in changes.items():
         [facts] = run(capsys, folder, prompt="import", **options)
         [again] = run(capsys, folder, prompt="import", no_cache=True, **options)
         texts[name] = facts["text"]
         assert again["text"] == facts["text"]  # the same seed, with the cache and without
     assert len(set(texts.values())) == 5
-    assert run(capsys, folder, dtype="bf16", temperature=0)[0]["ids"]["prompt"] == [load_tokenizer(folder).eot_id]
+    [facts] = run(capsys, folder, dtype="bf16", temperature=0)
+    assert facts["ids"]["prompt"] == [load_tokenizer(folder).eot_id]
 
 
 def test_samples_are_numbered_by_seed(folder, capsys):
@@ -231,7 +261,8 @@ def test_samples_are_numbered_by_seed(folder, capsys):
 def test_stops_at_the_end(which, vocab, tmp_path, capsys, monkeypatch):
     tokenizer = load_tokenizer(vocab)
     folder = make(vocab, tmp_path / "a", tie=False, eos_id=None)
-    ids = run(capsys, folder, prompt="import", seed=3, temperature=2.0, ignore_eos=True)[0]["ids"]["continuation"]
+    [facts] = run(capsys, folder, prompt="import", seed=3, temperature=2.0, ignore_eos=True)
+    ids = facts["ids"]["continuation"]
     at = next(i for i in range(5, 30) if ids[i] not in ids[:i] and tokenizer.token_bytes[ids[i]].isalpha())
     if which == "config":
         make(vocab, folder, tie=False, eos_id=ids[at])
@@ -259,19 +290,19 @@ def test_padding_of_the_vocabulary_is_never_produced(vocab, tmp_path, capsys):
 
 def test_streams_to_standard_output(folder, capsys):
     [facts] = run(capsys, folder, prompt="import ")
-    sampling.main(folder, prompt="import ", max_new_tokens=30, seed=0, device="cpu")
+    go(folder, prompt="import ", max_new_tokens=30, seed=0)
     out, err = capsys.readouterr()
     assert out == "import " + facts["text"] + "\n" and err == ""
-    sampling.main(folder, num_samples=2, max_new_tokens=3, seed=0, device="cpu")
+    go(folder, num_samples=2, max_new_tokens=3, seed=0)
     assert "2 of 2" in capsys.readouterr().err
-    sampling.main(folder, max_new_tokens=64, seed=0, device="cpu")
+    go(folder, max_new_tokens=64, seed=0)
     assert "more than the 64" in " ".join(capsys.readouterr().err.split())
 
 
 def test_fill(vocab, tmp_path, capsys):
     tokenizer, folder = load_tokenizer(vocab), make(vocab, tmp_path / "masked", causal=False)
     net, mask = load_model(folder), tokenizer.special["<|mask|>"]
-    sampling.main(folder, fill_text="for <|mask|> in <|mask|>(<|mask|>):", as_json=True, device="cpu")
+    go(folder, fill="for <|mask|> in <|mask|>(<|mask|>):", as_json=True)
     facts = json.loads(capsys.readouterr().out)
     before, after = facts["ids"]["prompt"], facts["ids"]["filled"]
     gaps = [i for i, token in enumerate(before) if token == mask]
@@ -284,17 +315,80 @@ def test_fill(vocab, tmp_path, capsys):
     last = facts["steps"][-1]["place"]
     x = torch.tensor([[mask if i == last else token for i, token in enumerate(after)]])
     assert net(x)[0][0, last, : tokenizer.n_vocab - len(tokenizer.special)].argmax() == after[last]
-    assert fill(net, [1, 2], mask, tokenizer.n_vocab) == []
+    assert fill(net, [1, 2], mask, tokenizer.n_vocab) == ([1, 2], [])
 
 
 def test_newest_checkpoint(vocab, tmp_path):
     with pytest.raises(UserError, match="run `python train.py` first"):
         newest_checkpoint(tmp_path / "none")
-    for i, name in enumerate(("old", "new", "half.new", "empty")):
+    for i, name in enumerate(("old", "new", "empty")):
         make(vocab, tmp_path / "out" / name)
         os.utime(tmp_path / "out" / name / "config.json", (i, time.time() + i))
     (tmp_path / "out" / "empty" / "model.safetensors").unlink()
     assert newest_checkpoint(tmp_path / "out") == tmp_path / "out" / "new"
+
+
+# --- the chat ---
+
+
+def chat(monkeypatch, capsys, folder, text, **options):
+    """Talk, with these lines typed -> what was answered, and what was said beside."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    go(folder, **{"chat": True, "temperature": 0, "max_new_tokens": 6} | options)
+    out, err = capsys.readouterr()
+    return out, " ".join(err.split())
+
+
+def test_chat(folder, monkeypatch, capsys):
+    """What was said is in the context, /reset forgets it, and the end of the context too."""
+    say = partial(chat, monkeypatch, capsys, folder)
+    once, _ = say("hi\n")
+    twice, _ = say("hi\nhi\n")
+    again, err = say("hi\n/reset\nhi\n")
+    assert again == once * 2 != twice and "forgotten" in err
+    assert say("h\\\ni\n\n  \n/exit\nmore\n")[0] == say("h\ni".replace("\n", "\\\n") + "\n")[0] != once
+    assert say("h\\\ni\\")[0] == say("h\\\ni\n")[0]  # the end of the input ends a message
+    assert "turns are forgotten" in say("a b\n" * 8)[1]
+    assert "say it shorter" in say("word " * 60 + "\n")[1]
+
+
+def test_chat_reads_each_turn_once(folder, monkeypatch, capsys):
+    """Two turns through the cache give what the whole conversation gives at once."""
+    net, tokenizer = load_model(folder), load_tokenizer(folder)
+    reads = []
+    net.register_forward_pre_hook(lambda _, args: reads.append(args[0][0].tolist()))
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n"))
+    def pick(logits):
+        return logits[:, :200].argmax(-1)  # no special token
+
+    sampling.talk(net, tokenizer, 6, pick)
+    capsys.readouterr()
+    seen = sum(reads, [])
+    questions = [render(tokenizer, [{"role": "user", "content": c}], reply=True)[0] for c in "ab"]
+    end = [tokenizer.im_end_id, *tokenizer.encode("\n")]
+    first = generate(net, [questions[0]], 6, pick)[0]
+    second = [*questions[0], *first, *end, *questions[1]]
+    assert seen[: len(second)] == second
+    assert seen[len(second) :] == generate(net, [second], 6, pick)[0][:-1]
+
+
+def test_an_interrupted_answer_stays_in_the_conversation(folder, monkeypatch, capsys):
+    net, tokenizer = load_model(folder), load_tokenizer(folder)
+    reads = []
+    net.register_forward_pre_hook(lambda _, args: reads.append(args[0][0].tolist()))
+
+    def pick(logits):
+        if len(reads) == 3:  # the question, and two tokens of the answer
+            raise KeyboardInterrupt
+        return logits[:, :200].argmax(-1)
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n"))
+    sampling.talk(net, tokenizer, 6, pick)
+    assert capsys.readouterr().out.count("\n") >= 2
+    assert reads[3][:1] == [tokenizer.im_end_id] and len(reads) == 9  # ended, then the next
+
+
+# --- what cannot be ---
 
 
 @pytest.mark.parametrize(
@@ -302,31 +396,33 @@ def test_newest_checkpoint(vocab, tmp_path):
     [
         (dict(top_p=0.0), "--top-p"), (dict(top_p=1.1), "--top-p"), (dict(top_k=0), "--top-k"),
         (dict(temperature=-1.0), "--temperature"), (dict(temperature=float("nan")), "--temperature"),
-        (dict(max_new_tokens=0), "--max-new-tokens"), (dict(num_samples=0), "--num-samples"), (dict(seed=-1), "--seed"),
+        (dict(max_new_tokens=0), "--max-new-tokens"), (dict(num_samples=0), "--num-samples"),
+        (dict(seed=-1), "--seed"),
         (dict(dtype="fp8"), "--dtype"), (dict(device="abacus"), "abacus"),
-        (dict(fill_text="a <|mask|>"), "no masked model"), (dict(folder="nowhere"), "no checkpoint"),
-        (dict(prompt="\udcff"), "UTF-8"),
+        (dict(fill="a <|mask|>"), "no masked model"), (dict(folder="nowhere"), "no checkpoint"),
+        (dict(prompt="\udcff"), "UTF-8"), (dict(chat=True, as_json=True), "--chat"),
+        (dict(fill="a <|mask|>", prompt="a"), "leave out --prompt"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(folder, options, words):
     with pytest.raises(UserError, match=words):
-        sampling.main(**{"folder": folder, "device": "cpu"} | options)
+        go(**{"folder": folder} | options)
 
 
 def test_bad_folders(vocab, tmp_path, capsys):
     masked = make(vocab, tmp_path / "masked", causal=False)
-    for options, words in ((dict(prompt="a"), "masked model"), (dict(fill_text="no gap"), "nothing to fill")):
+    for options, words in ((dict(prompt="a"), "masked model"), (dict(fill="no gap"), "nothing to fill")):
         with pytest.raises(UserError, match=words):
-            sampling.main(masked, device="cpu", **options)
+            go(masked, **options)
     net = load_model(make(vocab, tmp_path / "a", tie=False))
     small = Transformer(net.config.replace(vocab_size=64)).init_weights()
     save_checkpoint(tmp_path / "small", small, vocab)
     with pytest.raises(UserError, match="another model's"):
-        sampling.main(tmp_path / "small", device="cpu")
+        go(tmp_path / "small")
     net.norm.weight.data[:] = torch.nan
     save_checkpoint(tmp_path / "a", net, vocab)
     with pytest.raises(UserError, match="NaN"):
-        sampling.main(tmp_path / "a", device="cpu")
+        go(tmp_path / "a")
 
 
 def test_as_a_command(folder, tmp_path):
@@ -339,5 +435,5 @@ def test_as_a_command(folder, tmp_path):
     done = subprocess.run(args, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.strip() == (
-        "error: There is no checkpoint under out/ yet: run `python train.py` first, or name a folder."
+        "error: There is no checkpoint in out/ yet: run `python train.py` first, or name a folder."
     )
