@@ -1,8 +1,12 @@
-"""bench.py: the measures by things of known size, the commands by what they print. No test asks for a speed."""
+"""Test bench.py: the measures by things of known size, the commands by what they print; never a speed."""
 
 import doctest
+import itertools
 import json
+import lzma
 import time
+
+from model import PRESETS, Cache, Config, Transformer, UserError, resize, save_checkpoint
 
 import pytest
 import torch
@@ -10,8 +14,7 @@ import torch.nn.functional as F
 from conftest import command
 
 import bench
-from bench import CLAIMS, alternate, bytes_per_step, markov_batches, peak_bytes, plain_attention, shape_of, spread
-from model import PRESETS, Config, Transformer, UserError, save_checkpoint
+from bench import CLAIMS, alternate, bytes_per_step, markov_batches, peak_bytes, plain_attention, spread
 
 CPU = torch.device("cpu")
 
@@ -49,7 +52,8 @@ def test_jobs_take_turns():
     turns = []
     jobs = {"a": lambda: turns.append("a"), "b": lambda: (turns.append("b"), time.sleep(0.01))}
     seconds = alternate(jobs, 3, CPU)
-    assert turns == ["a", "b"] * 4 and [len(s) for s in seconds.values()] == [3, 3]  # the first round does not count
+    assert turns == ["a", "b"] * 4
+    assert [len(s) for s in seconds.values()] == [3, 3]  # the first round does not count
     assert min(seconds["b"]) >= 0.01 > max(seconds["a"])
     assert spread([3.0, 1.0, 8.0], 2.0) == {"median": 6.0, "low": 2.0, "high": 16.0}
 
@@ -65,11 +69,14 @@ def test_peak_bytes_counts_what_lives_at_one_time():
         return (b.view(10, 100), c.mul_(2))  # views and changes in place take nothing
 
     assert peak_bytes(job, CPU, [x]) == 12_000
-    with bench.LiveBytes([x]) as live:
+
+    def views():
         x.view(10, 100).t()
-        kept = x + 1
-        (x + 2).sum()
-    assert live.now == kept.nbytes and live.peak == 8_004
+        kept = x + 1  # 4
+        (x + 2).sum()  # 8, and a number
+        return kept
+
+    assert peak_bytes(views, CPU, [x]) == 8_004
 
 
 def test_peak_bytes_of_a_backward_pass():
@@ -92,23 +99,16 @@ def test_peak_bytes_of_a_backward_pass():
 
 def test_plain_attention_is_the_flash_one():
     q, k, v = torch.randn(3, 2, 4, 33, 16)
-    torch.testing.assert_close(plain_attention(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    flash = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(plain_attention(q, k, v), flash)
 
 
 def test_bytes_per_step():
     config = PRESETS["micro"].replace(vocab_size=4096)
     net = Transformer(config)
     matrices = sum(p.numel() for p in net.parameters() if p.dim() == 2)  # the embedding is the output matrix
-    cache = bench.Cache(config, 3, 100, dtype=torch.bfloat16)
+    cache = Cache(config, 3, 100, dtype=torch.bfloat16)
     assert bytes_per_step(config, 3, 100, 2) == 2 * matrices + cache.nbytes
-
-
-def test_shape_of():
-    assert shape_of("micro") == PRESETS["micro"].replace(vocab_size=4096)
-    half = shape_of("1b", n_layer=2, n_embd=1024, seq_len=64, vocab_size=70)
-    assert (half.n_layer, half.n_embd, half.n_head, half.n_kv_head, half.ffn_dim) == (2, 1024, 16, 4, 4096)
-    assert (half.vocab_size, half.seq_len) == (128, 64)
-    assert shape_of("1b", n_embd=192).n_kv_head == 3  # no grouping where it does not divide
 
 
 def test_markov_text_can_be_learned():
@@ -120,43 +120,49 @@ def test_markov_text_can_be_learned():
 # --- the commands ---
 
 
-def test_machine(monkeypatch, capsys):
+def test_machine(capsys):
     facts = bench.machine(device="cpu", as_json=True)
-    assert printed(capsys) == facts == json.loads(open("out/machine.json").read())
+    assert printed(capsys) == facts
     assert facts["flops"] == {"fp32": 1e12, "bf16": 1e12} and facts["read_gb_per_s"] == 10
-    assert facts["threads"] == torch.get_num_threads() and facts["name"] and facts["torch"] == torch.__version__
+    assert facts["threads"] == torch.get_num_threads() and facts["torch"] == torch.__version__
+    assert facts["name"]
     bench.machine(device="cpu")
     assert "GFLOP/s" in capsys.readouterr().out
 
 
 def test_read_rate_is_of_this_world(monkeypatch):
     monkeypatch.undo()
-    assert 1e8 < bench.read_rate(CPU, 0.01) < 1e13
+    assert 1e8 < bench.read_rate(CPU) < 1e13
+
+
+TINY = dict(preset="nano", n_layer=1, n_embd=64, seq_len=16, batch=2, vocab_size=250, device="cpu")
 
 
 def test_train(capsys):
-    tiny = dict(preset="nano", n_layer=1, n_embd=64, seq_len=16, batch=2, vocab_size=256, steps=2, device="cpu")
-    facts = bench.train(**tiny, as_json=True)
+    facts = bench.train(**TINY, steps=2, as_json=True)
     assert printed(capsys) == facts
-    assert facts["params"] == Transformer(shape_of("nano", 1, 64, 16, 256)).config.n_params()
+    config = resize("nano", 1, 64, 16, vocab_size=256)  # the model that train.py trains
+    assert facts["params"] == sum(p.numel() for p in Transformer(config).parameters())
     for row in facts["rows"]:
         ms = row["ms_per_step"]
-        assert ms["low"] <= ms["median"] <= ms["high"] and row["tok_per_s"] == pytest.approx(32e3 / ms["median"])
-        flops = shape_of("nano", 1, 64, 16, 256).flops_per_token(16)
-        assert row["mfu"] == pytest.approx(row["tok_per_s"] * flops / 1e12)
-    assert [row["dtype"] for row in bench.train(**tiny, dtype="fp32", optimizer="adamw")["rows"]] == ["fp32"]
+        assert ms["low"] <= ms["median"] <= ms["high"]
+        assert row["tok_per_s"] == pytest.approx(32e3 / ms["median"])
+        assert row["mfu"] == pytest.approx(row["tok_per_s"] * config.flops_per_token(16) / 1e12)
+    rows = bench.train(**TINY, steps=1, dtype="fp32", optimizer="adamw")["rows"]
+    assert [row["dtype"] for row in rows] == ["fp32"]
 
 
-def test_train_against_transformers(capsys):
+def test_train_against_transformers():
     pytest.importorskip("transformers", reason="transformers is the other side of this race")
-    tiny = dict(preset="nano", n_layer=1, n_embd=64, seq_len=16, batch=2, vocab_size=256, steps=1, device="cpu")
-    rows = bench.train(**tiny, vs="transformers", dtype="bf16", as_json=True)["rows"]
+    rows = bench.train(**TINY, steps=1, vs="transformers", dtype="bf16", as_json=True)["rows"]
     assert [row["model"] for row in rows] == ["octavo", "transformers"] and rows[1]["speedup"] == 1
-    assert rows[0]["speedup"] == pytest.approx(rows[1]["ms_per_step"]["median"] / rows[0]["ms_per_step"]["median"])
+    ours, theirs = (row["ms_per_step"]["median"] for row in rows)
+    assert rows[0]["speedup"] == pytest.approx(theirs / ours)
 
 
 def test_decode(tmp_path, capsys):
-    sizes = dict(vocab_size=64, seq_len=32, n_layer=2, n_head=2, n_kv_head=1, n_embd=16, head_dim=8, ffn_dim=24)
+    sizes = dict(vocab_size=64, seq_len=32, n_layer=2, n_head=2, n_kv_head=1, n_embd=16, head_dim=8)
+    sizes["ffn_dim"] = 24
     (tmp_path / "vocab.json").write_text("{}")
     save_checkpoint(tmp_path / "a", Transformer(Config(**sizes)).init_weights(), tmp_path / "vocab.json")
     options = dict(batch=[1, 3], prompt=8, new=8, rounds=2, device="cpu", dtype="fp32")
@@ -179,8 +185,8 @@ def test_claims(data, capsys):
     doublings = long["T"] / short["T"]
     assert long["plain_mb"] / short["plain_mb"] > doublings**2 * 0.8  # quadratic memory
     assert long["flash_mb"] / short["flash_mb"] == pytest.approx(doublings, rel=0.1)  # linear
-    none, selective, block = (row["peak_mb"] for row in results["recompute"]["rows"])
-    assert block < selective < none
+    none, block = (row["peak_mb"] for row in results["recompute"]["rows"])
+    assert block < none
     *_, cold, warm = (row["largest_rise"]["median"] for row in results["warmup"]["rows"])
     assert warm < cold
     bench.show("tables", results["warmup"]["rows"])
@@ -197,46 +203,90 @@ def test_warmup_run(monkeypatch):
         return forward(self, x, y)[0] * 0 + next(losses), None
 
     monkeypatch.setattr(Transformer, "forward", told)
-    facts = bench.warmup_run(config, 0.01, 2, 6, markov_batches(256, 2, 8, 0), 0, CPU)
+    batches = itertools.islice(markov_batches(256, 2, 8, 0), 6)
+    facts = bench.warmup_run(config, 0.01, 2, batches, 0, CPU)
     assert facts == {"largest_rise": 1.5, "largest_grad_norm": 0.0, "last_loss": pytest.approx(2.1)}
 
 
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: bench.train(preset="huge"), "--preset"), (lambda: bench.train(n_embd=100), "--n-embd"),
+        (lambda: bench.train(preset="huge"), "--preset"), (lambda: bench.train(n_embd=99), "head_dim"),
         (lambda: bench.train(steps=0), "--steps"), (lambda: bench.train(vs="jax"), "--vs"),
         (lambda: bench.train(optimizer="sgd", preset="nano", device="cpu"), "--optimizer"),
         (lambda: bench.train(n_layer=0), "n_layer"), (lambda: bench.decode(batch=[0]), "--batch"),
-        (lambda: bench.decode("nowhere", device="cpu"), "no checkpoint"), (lambda: bench.claims(["magic"]), "magic"),
+        (lambda: bench.decode("nowhere", device="cpu"), "no checkpoint"),
+        (lambda: bench.claims(["magic"]), "magic"), (lambda: bench.xz("nowhere"), "is missing"),
         (lambda: bench.machine(device="abacus"), "abacus"), (lambda: bench.decode(dtype="fp8"), "--dtype"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(call, words):
     with pytest.raises(UserError, match=words):
         call()
 
 
-def test_as_a_command(tmp_path):
-    code, out, err = command("bench.py", "claims", "magic")
-    assert (code, out) == (2, "") and err.startswith("error: There is no claim 'magic'") and err.count("\n") == 1
-    args, env = ("claims", "kv-cache", "--quick", "--json"), {"OMP_NUM_THREADS": "1"}
-    code, out, err = command("bench.py", *args, cwd=tmp_path, env=env)
-    assert code == 0 and list(json.loads(out)) == ["kv-cache"], err
-
-
 def test_plot_shows_what_was_logged(tmp_path, capsys):
-    (tmp_path / "vocab.json").write_text("{}")
-    model = Transformer(PRESETS["nano"].replace(vocab_size=64, n_layer=1))
     for name, values in (("a", [1.0, 3.0, 2.0]), ("b", [5.0, 4.0])):
-        save_checkpoint(tmp_path / name, model, tmp_path / "vocab.json",
-                        metrics="".join(json.dumps({"step": i + 1, "loss": v}) + "\n" for i, v in enumerate(values)))  # fmt: skip
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": i + 1, "loss": x, "kind": "x"}) + "\n" for i, x in enumerate(values)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(lines) + '{"step": 9, "lo')  # it was killed
     folders = [str(tmp_path / "a"), str(tmp_path / "b")]
     bench.plot(folders, of=["loss"], out=tmp_path / "p.png", as_json=True)
     rows = printed(capsys)["rows"]
-    assert [(r["first"], r["lowest"], r["highest"], r["last"], r["steps"]) for r in rows] == [(1, 1, 3, 2, 3), (5, 4, 5, 4, 2)]
-    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+    found = [(r["first"], r["lowest"], r["highest"], r["last"], r["steps"]) for r in rows]
+    assert found == [(1, 1, 3, 2, 3), (5, 4, 5, 4, 2)]
     with pytest.raises(UserError, match="No run logged 'reward'; they logged loss, step"):
         bench.plot(folders, of=["reward"], out=tmp_path / "p.png")
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="no folder of a run"):
         bench.plot([str(tmp_path / "c")], of=["loss"], out=tmp_path / "p.png")
+
+
+def test_plot_draws_where_it_can(tmp_path, capsys, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    picture = tmp_path / "new" / "p.png"
+    with monkeypatch.context() as patch:
+        patch.setitem(bench.sys.modules, "matplotlib", None)  # as where it is not installed
+        bench.plot([str(tmp_path)], of=["loss"], out=picture)
+    out, err = capsys.readouterr()
+    assert "pip install matplotlib" in err and "highest" in out and not picture.exists()
+    pytest.importorskip("matplotlib")
+    bench.plot([str(tmp_path)], of=["loss"], out=picture)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+# --- the compressor ---
+
+
+def test_xz_is_lzma(data, text, capsys, monkeypatch):
+    facts = bench.xz(data, as_json=True)
+    assert printed(capsys) == facts
+    val, train = (bench.text_of(bench.Tokens(data, split)) for split in ("val", "train"))
+    assert (train + val).decode() == text
+    assert len(val) == facts["val_bytes"] and len(train) == facts["train_bytes"]
+    size = {t: len(lzma.compress(t, preset=9 | lzma.PRESET_EXTREME)) for t in (val, train, train + val)}
+    assert facts["xz_bytes"] == size[val] and facts["xz_primed_bytes"] == size[train + val] - size[train]
+    assert facts["xz_bpb"] == round(8 * size[val] / len(val), 4)
+    assert facts["xz_primed_bpb"] == round(8 * facts["xz_primed_bytes"] / len(val), 4) < facts["xz_bpb"]
+    monkeypatch.setattr(bench, "PRIMED_LIMIT", len(train) - 1)
+    short = bench.xz(data, as_json=True)
+    assert "take xz too long" in " ".join(capsys.readouterr().err.split())
+    assert short == {name: value for name, value in facts.items() if "primed" not in name}
+
+
+def test_xz_counts_what_meta_counts(data, tmp_path):
+    for path in data.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    meta = json.loads((data / "meta.json").read_text())
+    meta["splits"]["val"]["bytes"] += 1
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="prepare the folder anew"):
+        bench.xz(tmp_path)
+
+
+def test_as_a_command(data):
+    """A refusal is one line; standard output holds the result alone."""
+    code, out, err = command("bench.py", "claims", "magic")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("error: There is no claim 'magic'")
+    code, out, err = command("bench.py", "xz", data, "--json")
+    assert code == 0 and json.loads(out)["xz_bpb"] > 0 and "megabyte" in err, err
