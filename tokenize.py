@@ -1,25 +1,24 @@
-"""Text to tokens, and text to a data folder.
+"""Turn text into tokens, and documents into a data folder.
 
-A tokenizer is learned from text and kept in one file, Hugging Face's tokenizer.json. Byte-level BPE starts from the
-256 bytes and joins the most frequent pair of neighbours into a new token, again and again: `get_pairs` and `merge`
-are the idea, `train_bpe_plain` the whole of it in a dozen lines, `train_bpe` the same merges at the speed of the
-Rust trainer. `prepare` cleans, deduplicates and splits documents and writes them as one long row of token ids.
+A tokenizer is learned from text and kept in one file, Hugging Face's tokenizer.json. Byte-level BPE starts
+from the 256 bytes and joins the most frequent pair of neighbours into a new token, again and again. That is
+`get_pairs`, `merge` and `train_bpe_plain`; `train_bpe` learns the same merges faster. `prepare` cleans,
+deduplicates and splits documents and writes them as one long row of token ids.
 Left out so far: WordPiece, Unigram, normalizers, near-duplicates. All text is held in memory at once.
 
-    python tokenize.py prepare                                  # the Python that is installed here -> data/python
+    python tokenize.py prepare                          # the Python that is installed here -> data/python
     python tokenize.py prepare shakespeare.txt --output data/shakespeare --algorithm char --val-fraction 0.1
     python tokenize.py train --input shakespeare.txt --vocab-size 1024 --output tokenizer.json
     python tokenize.py encode --tokenizer tokenizer.json "lower lowest"
     python tokenize.py decode --tokenizer tokenizer.json "[75, 78, 86]"
-
-Sennrich et al. 2016, https://arxiv.org/abs/1508.07909 (BPE); Radford et al. 2019 (GPT-2: bytes, a pattern to split).
+Papers: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; Radford et al. 2019 (GPT-2: BPE on bytes).
 """
 
 from __future__ import annotations
 
 if __name__ == "tokenize":
-    # The standard library has a module of this name, and a script's folder comes first on the import path: hand that
-    # module over. What follows then only defines functions that nobody calls, and needs none of the imports below.
+    # The standard library has a module of this name, and a script's folder comes first on the import path:
+    # hand that one over. The rest of this file then only defines functions that nobody calls.
     import importlib.util
     import os
     import sys
@@ -33,21 +32,18 @@ else:
     import heapq
     import importlib.metadata
     import json
-    import lzma
     import multiprocessing
     import os
     import re
     import shlex
-    import shutil
     import signal
     import sys
     import sysconfig
-    import time
     import zlib
-    from collections import Counter
+    from collections import Counter, defaultdict
     from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-    from contextlib import nullcontext
-    from itertools import repeat
+    from functools import partial
+    from itertools import pairwise
     from pathlib import Path
     from typing import Annotated, Literal
 
@@ -56,71 +52,88 @@ else:
     import tiktoken
     import typer
 
-# Reserved from the first day, in this order, after the bytes and the merges.
+# Special tokens get the last ids, in this order, after the bytes and the merges.
 SPECIAL = (
     "<|endoftext|>", "<|pad|>", "<|mask|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>",
     "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
 )  # fmt: skip
-# GPT-2 gave the printable bytes the first ids. It writes each byte as one visible character: itself where it can.
+LEAST_VOCAB = 256 + len(SPECIAL) + 1  # the bytes, the special tokens and one merge
+# GPT-2 gave the printable bytes the first ids. It writes a byte as a visible character, itself where it can.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]  # id -> byte
-CHAR = {b: chr(b) if i < len(PRINTABLE) else chr(256 + i - len(PRINTABLE)) for i, b in enumerate(BYTES)}  # 32 -> "Ġ"
+BYTE_TO_ID = bytes(BYTES.index(b) for b in range(256))  # a table for bytes.translate
+CHAR = {b: chr(b if b in PRINTABLE else 256 + BYTE_TO_ID[b] - len(PRINTABLE)) for b in BYTES}  # 32 -> "Ġ"
 BYTE = {c: b for b, c in CHAR.items()}
-# A merge never crosses the pieces that the pattern cuts. GPT-4's is its first form: today's, with possessive "++",
-# means the same but for white space at the very end, and Oniguruma, the engine of `tokenizers`, reads "{1,3}+" as a
-# repetition of the repetition.
+# A pattern cuts text into words; no merge crosses from one into the next. "gpt4" is GPT-4's first: today's
+# treats white space at the very end of a text otherwise, and `tokenizers` misreads its "{1,3}+".
 PATTERNS = {
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "gpt4": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-# Larger pieces, each a whole number of the pattern's, found by the faster `re`. For gpt2: no piece has white space
-# after anything else, so one begins wherever white space does. For gpt4: newlines may belong to the word before them,
-# but a piece ends with the last newline of a stretch of white space.
-COARSE = {"gpt2": r"\s*\S+|\s+", "gpt4": r"\s*\S+(?:\s*[\r\n]+)?|\s+"}
-# Sources of the embedded default, beside the standard library: what requirements.txt installs.
-PACKAGES = ("torch", "numpy", "tiktoken", "regex", "typer", "rich", "pytest", "safetensors")
-NOT_TEXT = {"test", "tests", "testing", "idlelib", "site-packages", "dist-packages", "__pycache__"}
-# What a document is dropped for, in the order of the checks.
-FILTERS = ("binary", "not_utf8", "short", "long_lines", "data", "repetitive", "duplicate")
-LETTERS = bytes([*range(65, 91), *range(97, 123), *range(128, 256)])  # ASCII letters, and all bytes that are not ASCII
-XZ_LIMIT = 200_000_000  # bytes of training text
-XZ = {"format": 1, "preset": 9 | 1 << 31}  # xz -9e (lzma.FORMAT_XZ, lzma.PRESET_EXTREME)
+# No tokenizer file may ask for these: options of BPE, and of an added token.
+UNSUPPORTED = "dropout continuing_subword_prefix end_of_word_suffix byte_fallback single_word lstrip rstrip"
+# Our own tokenizer files begin as this; what is empty here is filled in by `tokenizer_file` and `bpe_file`.
+SKELETON = """{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+"pre_tokenizer": null, "post_processor": null, "decoder": {"type": "Fuse"}, "model": {"type": "BPE",
+"dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
+"fuse_unk": false, "byte_fallback": false, "ignore_merges": false, "vocab": {}, "merges": []}}"""
+FLAGS = '{"single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}'
+BYTE_LEVEL = '{"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}'
+GAP = -1  # stands between two words, where no pair is counted
+# The embedded default reads the standard library and these packages, which requirements.txt installs.
+PACKAGES = "torch numpy tiktoken regex typer rich pytest safetensors"
+# It skips what is hidden or outside (".."), folders of these names, and tests.
+SKIPPED = r"(^|/)(\.|(test|tests|testing|idlelib|site-packages|dist-packages|__pycache__)/"
+SKIPPED += r"|test_[^/]*$|[^/]*_test\.py$|conftest\.py$)"
+DATA_FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
+LETTERS = bytes([*range(65, 91), *range(97, 123), *range(128, 256)])  # ASCII letters, all that is not ASCII
+# A document is dropped for the first of these that is true. text is data with U+FFFD where it is not UTF-8.
+FILTERS = {
+    "binary": lambda data, text: b"\0" in data,
+    "not_utf8": lambda data, text: text.encode() != data,
+    "short": lambda data, text: len(text.strip()) < 64,
+    "long_lines": lambda data, text: max(map(len, text.splitlines())) > 20_000,  # minified code, dumps
+    "data": lambda data, text: len(data.translate(None, LETTERS)) > 0.75 * len(data),  # tables of numbers
+    "repetitive": lambda data, text: len(zlib.compress(data, 1)) < 0.1 * len(data),
+}
+MUST_PASS = ("binary", "not_utf8")  # a file that the user named passes these too
 
+# model.py loads this file too, and catches its own UserError: ours is then a kind of that one.
+class UserError(getattr(sys.modules.get("model"), "UserError", Exception)):
+    """Tell the user in one sentence what to mend; `main` prints it without a traceback, with exit code 2."""
 
-class UserError(Exception):
-    """What a user can mend: one sentence, printed without a traceback, exit code 2."""
+def check(ok, sentence: str):
+    """Refuse with this sentence unless all is well."""
+    if not ok:
+        raise UserError(sentence)
 
+# ---- Byte pair encoding ------------------------------------------------------------------------------------
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Byte pair encoding
-
-
-def get_pairs(ids: list[int], counts: dict | None = None, weight: int = 1) -> dict[tuple[int, int], int]:
+def get_pairs(ids, counts=None, weight=1) -> dict:
     """Count the neighbours: get_pairs([1, 2, 3, 1, 2]) -> {(1, 2): 2, (2, 3): 1, (3, 1): 1}"""
     counts = {} if counts is None else counts
-    for pair in zip(ids, ids[1:], strict=False):
+    for pair in pairwise(ids):
         counts[pair] = counts.get(pair, 0) + weight
     return counts
 
-
-def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
+def merge(ids: list, pair: tuple, new: int) -> list:
     """Replace a pair by one token, from left to right: merge([1, 2, 3, 1, 2], (1, 2), 4) -> [4, 3, 4]"""
-    out, i = [], 0
+    out = []
+    i = 0
     while i < len(ids):
         joined = tuple(ids[i : i + 2]) == pair
         out.append(new if joined else ids[i])
         i += 2 if joined else 1
     return out
 
+def train_bpe_plain(words: dict, n_merges: int) -> list:
+    """Learn merges as the method is told: count all pairs, join the most frequent, repeat.
 
-def train_bpe_plain(words: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
-    """The method as it is told: count all pairs, join the most frequent, repeat. `train_bpe` gives the same merges.
-
-    words: distinct piece of text -> how often it occurs. Of equally frequent pairs the smallest ids win, as in
-    `tokenizers`. train_bpe_plain({"aab": 1, "ab": 2}, 2) -> [(64, 65), (64, 256)]: "ab" (3 times), then "a" + "ab".
+    words: piece of text -> how often it occurs. Of equally frequent pairs the smallest ids win.
+    train_bpe_plain({"aab": 1, "ab": 2}, 2) -> [(64, 65), (64, 256)]: "ab" (3 times), then "a" + "ab".
     """
-    rows = [([BYTES.index(b) for b in word.encode()], n) for word, n in words.items()]
+    rows = [(list(word.encode().translate(BYTE_TO_ID)), n) for word, n in words.items()]
     merges = []
     for new in range(256, 256 + n_merges):
         counts = {}
@@ -133,186 +146,132 @@ def train_bpe_plain(words: dict[str, int], n_merges: int) -> list[tuple[int, int
         merges.append(pair)
     return merges
 
+def train_bpe(words: dict, n_merges: int, watch=iter) -> tuple[list, int]:
+    """Learn the merges of `train_bpe_plain`, fast; return them and how many tokens they make of the words.
 
-def train_bpe(words: dict[str, int], n_merges: int, watch=iter) -> list[tuple[int, int]]:
-    """Merges of byte-level BPE, in order: [(left id, right id)], fewer than n_merges where no pair is left.
+    All words lie in one row of cells, a gap after each. A token is written at its ends: head[first cell] and
+    tail[last cell] hold its id, so its neighbours are one step away. For "lower" with "lo" joined:
 
-    `watch` wraps the loop, for progress.
+        cell   0   1   2   3   4   5   6
+        head   .  lo   .   w   e   r   .
+        tail   .   .  lo   w   e   r   .
 
-    All words lie in one array, a gap after each. A token is known at its two ends: `head[first cell]` and
-    `tail[last cell]` hold its id, so its neighbours are one step away whatever their length. For "lower" with "lo"
-    joined: head = lo . w e r, tail = . lo w e r. A merge touches only the cells where its pair stands, and changes
-    only the counts of the pairs around them.
+    A merge visits only the cells where its pair stands, and changes only the counts of the pairs around them.
+    watch: wraps the loop, for progress. train_bpe({"aab": 1, "ab": 2}, 2) -> ([(64, 65), (64, 256)], 3)
     """
-    gap = 256  # an id between the bytes and the merges that pairs with nothing; taken out again at the end
-    text = [word.encode() for word in words]
-    size = np.array([len(w) for w in text], dtype=np.int64)
-    start = np.cumsum(size + 1) - size  # cell of each word's first byte; cell 0 is a gap
-    cells = np.arange(size.sum()) + np.repeat(np.arange(len(text)) + 1, size)
-    head = np.full(len(cells) + len(text) + 1, gap, dtype=np.int32)
-    id_of = np.argsort(BYTES)  # byte -> id
-    head[cells] = id_of[np.frombuffer(b"".join(text), dtype=np.uint8)]
+    head = [GAP]
+    weight = [0]  # how often the word of a cell occurs
+    counts = defaultdict(int)
+    where = defaultdict(list)  # pair -> its first cells, some of them swallowed since by another merge
+    for word, n in words.items():
+        ids = word.encode().translate(BYTE_TO_ID)
+        for cell, pair in enumerate(pairwise(ids), len(head)):
+            counts[pair] += n
+            where[pair].append(cell)
+        head += [*ids, GAP]
+        weight += [n] * (len(ids) + 1)
     tail = head.copy()
-    weight = np.zeros(len(head))  # of the word a cell belongs to; float64 counts exactly up to 2**53
-    weight[cells] = np.repeat(np.fromiter(words.values(), dtype=np.int64), size)
-    del text, start, cells
-
-    width = [1] * 257  # id -> bytes
-    where = [np.flatnonzero(head == i) for i in range(256)] + [None]  # id -> cells where it began, some since swallowed
-    table = np.bincount(head[:-1] * 257 + head[1:], weights=weight[:-1], minlength=257 * 257).reshape(257, 257)
-    counts = {(a, b): int(table[a, b]) for a, b in np.argwhere(table[:256, :256]).tolist()}
-    heap = [(-n, pair) for pair, n in counts.items()]  # most frequent first, then the smallest ids
-    heapq.heapify(heap)
-
-    def tally(ids, cells):
-        """(id, how often) of the tokens around some cells, gaps left out."""
-        total = np.bincount(ids, weights=weight[cells], minlength=gap + 1)
-        total[gap] = 0
-        found = np.flatnonzero(total)
-        return zip(found.tolist(), total[found].astype(np.int64).tolist(), strict=True)
-
+    width = [1] * 256  # id -> number of cells
+    queue = [(-n, pair) for pair, n in counts.items()]  # a heap: most frequent first, then the smallest ids
+    heapq.heapify(queue)
     merges = []
-    for _ in watch(range(n_merges)):
-        while heap and counts[heap[0][1]] < -heap[0][0]:  # the count fell since this entry was made
-            _, pair = heapq.heappop(heap)
-            if counts[pair]:
-                heapq.heappush(heap, (-counts[pair], pair))
-        if not heap:
+    for new in watch(range(256, 256 + n_merges)):
+        while queue and counts[queue[0][1]] < -queue[0][0]:  # the count fell since this entry was made
+            pair = queue[0][1]
+            heapq.heapreplace(queue, (-counts[pair], pair))
+        if not queue or queue[0][0] == 0:
             break
-        a, b = heapq.heappop(heap)[1]
-        new = len(width)
-        width.append(width[a] + width[b])
+        a, b = heapq.heappop(queue)[1]
         merges.append((a, b))
-        # 1. the cells p where a b stands, from the rarer of the two
-        if len(where[a]) <= len(where[b]):
-            where[a] = p = where[a][head[where[a]] == a]
-            p = p[head[p + width[a]] == b]
-        else:
-            where[b] = q = where[b][head[where[b]] == b]
-            p = q[tail[q - 1] == a] - width[a]
-        if a == b:  # "aaaa" holds the pair at 0, 1 and 2: take every second one of a run
-            index = np.arange(len(p))
-            begin = np.append(True, np.diff(p) != width[a])
-            p = p[(index - np.maximum.accumulate(np.where(begin, index, 0))) % 2 == 0]
-        # 2. join, noting the neighbour on the right before
-        q, end = p + width[a], p + width[new]
-        right = head[end]
-        head[q] = tail[q - 1] = -1
-        head[p] = tail[end - 1] = new
-        where.append(p)
-        # 3. pairs that went: (left, a) and (b, right); that came: (left, new) and (new, right).
-        #    Where two joined ones touch, the pair between them is seen from its left one only.
-        left = tail[p - 1]
-        alone = left != new
-        for x, n in tally(left[alone], p[alone]):
-            counts[x, a] -= n
-            counts[x, new] = n
-            heapq.heappush(heap, (-n, (x, new)))
-        for x, n in tally(right, p):
-            counts[b, x] -= n
-        for x, n in tally(head[end], p):
-            counts[new, x] = n
-            heapq.heappush(heap, (-n, (new, x)))
-        counts[a, b] = 0
-    return [(a - (a > gap), b - (b > gap)) for a, b in merges]
-
+        width.append(width[a] + width[b])
+        made = defaultdict(list)
+        for first in where.pop((a, b)):
+            second = first + width[a]
+            if head[first] != a or head[second] != b:
+                continue
+            end = first + width[new]
+            left = tail[first - 1]
+            right = head[end]
+            head[second] = tail[second - 1] = GAP
+            head[first] = tail[end - 1] = new
+            if left != GAP:
+                counts[left, a] -= weight[first]
+                counts[left, new] += weight[first]
+                made[left, new].append(first - width[left])
+            if right != GAP:
+                counts[b, right] -= weight[first]
+                counts[new, right] += weight[first]
+                made[new, right].append(first)
+        for pair in made:
+            heapq.heappush(queue, (-counts[pair], pair))
+        where.update(made)
+    return merges, sum(n for i, n in zip(head, weight, strict=True) if i != GAP)
 
 def count_words(texts: list[str], pattern: str) -> Counter:
-    """How often each piece of the pattern occurs: count_words(["a b b"], "gpt2") -> {"a": 1, " b": 2}
-
-    Counting the coarse pieces first lets the slow pattern see each of them once, where text repeats itself a third.
-    """
-    coarse, words, findall = Counter(), Counter(), regex.compile(PATTERNS[pattern]).findall
+    """Count the pieces of the pattern: count_words(["a b b"], "gpt2") -> {"a": 1, " b": 2}"""
+    find = regex.compile(PATTERNS[pattern]).findall
+    # `re` is twice as fast, but knows no Unicode classes: it takes the texts that are plain ASCII.
+    plain = PATTERNS[pattern].replace(r"\p{L}\p{N}", "a-zA-Z0-9")
+    plain = plain.replace(r"\p{L}", "[a-zA-Z]").replace(r"\p{N}", "[0-9]")
+    find_ascii = re.compile(plain, re.ASCII).findall
+    words = Counter()
     for text in texts:
-        if any(c in text for c in "\x1c\x1d\x1e\x1f"):  # white space to `re` only
-            words.update(findall(text))
-        else:
-            coarse.update(re.findall(COARSE[pattern], text))
-    for piece, n in coarse.items():
-        for word in findall(piece):
-            words[word] += n
+        words.update(find_ascii(text) if text.isascii() else find(text))
     return words
 
-
 def cut(text: str, size: int) -> list[str]:
-    """Parts of at least this many characters, cut before the space between two words, where a piece always begins."""
-    parts, begin = [], 0
-    while len(text) - begin > 2 * size and (found := re.compile(r"\S(?= \S)").search(text, begin + size)):
-        parts.append(text[begin : found.end()])
-        begin = found.end()
-    return [*parts, text[begin:]]
+    """Cut a text into parts of `size` characters or more: cut("one two six", 2) -> ["one", " two", " six"]"""
+    # always before the space between two words, where a piece of every pattern begins
+    return re.findall(rf"(?s).{{{size}}}.*?\S(?= \S)|.+", text)
 
+# ---- The tokenizer and its file ----------------------------------------------------------------------------
 
-def count_words_in_parallel(texts: list[str], pattern: str, size: int = 4_000_000) -> Counter:
-    """`count_words` on all cores, by parts of about `size` characters."""
-    parts, room = [[]], size
-    for part in (part for text in texts for part in cut(text, size)):
-        if parts[-1] and room < len(part):
-            parts, room = [*parts, []], size
-        parts[-1].append(part)
-        room -= len(part)
-    pool, counts = None, map(count_words, parts, repeat(pattern))
-    if __name__ == "__main__" and min(len(parts), n_cores()) > 1:  # workers start the program that runs: this file
-        context = multiprocessing.get_context("spawn")  # the one way that all systems have
-        ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered here
-        pool = ProcessPoolExecutor(min(len(parts), n_cores()), context, signal.signal, ignore)
-        counts = pool.map(count_words, parts, repeat(pattern))
-    total = Counter()
-    try:
-        for count in track(counts, "counting words", len(parts)):
-            total.update(count)
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
-    return total
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The tokenizer and its file
-
-
-def bpe_file(merges: list[tuple[int, int]], pattern: str) -> dict:
-    """tokenizer.json of byte-level BPE: bytes, merges, special tokens."""
-    names = [CHAR[b] for b in BYTES]
+def bpe_file(merges: list, pattern: str) -> dict:
+    """Describe byte-level BPE as a tokenizer.json: bytes, merges, special tokens."""
+    names = list(CHAR.values())
     for a, b in merges:
         names.append(names[a] + names[b])
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern == "gpt2"}
-    split = {"type": "Split", "pattern": {"Regex": PATTERNS[pattern]}, "behavior": "Isolated", "invert": False}
-    splitter = level if pattern == "gpt2" else {"type": "Sequence", "pretokenizers": [split, level]}
-    decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    return tokenizer_file(names, [[names[a], names[b]] for a, b in merges], splitter, decoder)
+    spec = tokenizer_file(names)
+    spec["model"]["merges"] = [[names[a], names[b]] for a, b in merges]
+    spec["decoder"] = json.loads(BYTE_LEVEL) | {"add_prefix_space": True}
+    spec["pre_tokenizer"] = json.loads(BYTE_LEVEL)
+    if pattern != "gpt2":
+        expression = {"Regex": PATTERNS[pattern]}
+        split = {"type": "Split", "pattern": expression, "behavior": "Isolated", "invert": False}
+        steps = [split, json.loads(BYTE_LEVEL) | {"use_regex": False}]
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    return spec
 
+def tokenizer_file(names: list[str]) -> dict:
+    """Describe a tokenizer that has these tokens and the special ones, and merges nothing."""
+    spec = json.loads(SKELETON)
+    spec["model"]["vocab"] = {name: i for i, name in enumerate(names)}
+    for i, name in enumerate(SPECIAL, len(names)):
+        spec["added_tokens"].append({"id": i, "content": name, **json.loads(FLAGS)})
+    return spec
 
-def char_file(characters: set[str]) -> dict:
-    """tokenizer.json with one id for each character: to Hugging Face a BPE that never merges."""
-    return tokenizer_file(sorted(characters), [], None, {"type": "Fuse"})
-
-
-def tokenizer_file(names: list[str], merges: list, pre_tokenizer: dict | None, decoder: dict) -> dict:
-    """The parts that all our tokenizer files share; special tokens come last."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    model = {
-        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-        "vocab": {name: i for i, name in enumerate(names)}, "merges": merges,
-    }  # fmt: skip
-    return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": len(names) + i, "content": name, **flags} for i, name in enumerate(SPECIAL)],
-        "normalizer": None, "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder, "model": model,
-    }  # fmt: skip
-
+def codec(spec: dict):
+    """Choose the codec of a file by its kind of model: return {id: bytes} and a function from text to ids."""
+    model = spec["model"]
+    kind = model.get("type", "BPE") if model.get("merges") != [] else "characters"
+    codecs = {"BPE": bpe_codec, "characters": char_codec}
+    check(kind in codecs, f"tokenizers of the type {kind} are not supported yet")
+    check(not spec["normalizer"], f"the normalizer {spec['normalizer']} is not supported yet")
+    for part in (model, *spec["added_tokens"]):
+        for option in UNSUPPORTED.split():
+            check(not part.get(option), f"the option {option} is not supported yet")
+    return codecs[kind](spec)
 
 def bpe_codec(spec: dict):
-    """(id -> bytes, function from text to ids) of a byte-level BPE file. Encoding is tiktoken's."""
-    vocab, pattern = spec["model"]["vocab"], read_pattern(spec["pre_tokenizer"])
-    pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in spec["model"]["merges"]]
-    try:
-        names = dict.fromkeys([CHAR[b] for b in BYTES] + [a + b for a, b in pairs])  # in the order of their ranks
-        ranks = {bytes(BYTE[c] for c in name): rank for rank, name in enumerate(names)}
-        ids = np.array([vocab[name] for name in names], dtype=np.uint32)
-    except KeyError as e:
-        raise UserError(f"there is no token {e}: only byte-level BPE with all 256 bytes is supported") from None
+    """Read a byte-level BPE file; encoding is tiktoken's."""
+    vocab = spec["model"]["vocab"]
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"]]
+    names = dict.fromkeys([*CHAR.values(), *(a + b for a, b in pairs)])  # in the order of their ranks
+    lacks = [name for name in names if name not in vocab]
+    check(not lacks, f"only byte-level BPE with all 256 bytes is supported: the vocabulary lacks {lacks[:1]}")
+    ids = np.array(list(map(vocab.get, names)), dtype=np.uint32)
+    ranks = {bytes(map(BYTE.get, name)): rank for rank, name in enumerate(names)}
+    pattern = read_pattern(spec["pre_tokenizer"])
     try:
         encoding = tiktoken.Encoding("octavo", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     except ValueError as e:
@@ -322,623 +281,399 @@ def bpe_codec(spec: dict):
         try:
             return ids[encoding.encode_to_numpy(text, disallowed_special=())]
         except ValueError:  # the pattern's backtracking is limited
-            raise UserError("a stretch of a million spaces or more is too long for tiktoken") from None
+            raise UserError("a million spaces in a row are too many for tiktoken: cut the text") from None
 
     return dict(zip(ids.tolist(), ranks, strict=True)), encode
 
-
-def char_codec(spec: dict):
-    """(id -> bytes, function from text to ids) of a file with one id a character."""
-    vocab = spec["model"]["vocab"]
-    if any(len(c) != 1 for c in vocab):
-        raise UserError("a BPE tokenizer without merges has to have single characters only")
-    table = np.full(0x110000, -1, dtype=np.int32)
-    table[[ord(c) for c in vocab]] = list(vocab.values())
-
-    def encode(text: str) -> np.ndarray:
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        ids = table[codes]
-        if len(ids) and ids.min() < 0:
-            c = chr(codes[ids.argmin()])
-            raise UserError(f"the character {c!r} (U+{ord(c):04X}) is not in the vocabulary of this tokenizer")
-        return ids.astype(np.uint32)
-
-    return {i: c.encode() for c, i in vocab.items()}, encode
-
-
-def read_pattern(pre_tokenizer: dict | None) -> str:
-    """The one regular expression that a file's pre-tokenizer amounts to."""
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {"type": "no pre-tokenizer"}])
-    kinds = [s["type"] for s in steps]
-    if kinds == ["ByteLevel"] and steps[0]["use_regex"] and not steps[0]["add_prefix_space"]:
+def read_pattern(pre_tokenizer) -> str:
+    """Find the one regular expression that a file's pre-tokenizer amounts to."""
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
+    keys = ("type", "use_regex", "add_prefix_space", "behavior", "invert")
+    asked = [tuple(step.get(key) for key in keys) for step in steps]
+    if asked == [("ByteLevel", True, False, None, None)]:
         return PATTERNS["gpt2"]
-    split = steps[0]
-    plain = kinds == ["Split", "ByteLevel"] and not steps[1]["use_regex"] and not steps[1]["add_prefix_space"]
-    if not plain or split["behavior"] != "Isolated" or split["invert"] or "Regex" not in split["pattern"]:
-        raise UserError(f"this tokenizer's pre-tokenizer ({' + '.join(kinds)}, with its options) is not supported yet")
-    pattern = split["pattern"]["Regex"]
+    known = asked == [("Split", None, None, "Isolated", False), ("ByteLevel", False, False, None, None)]
+    check(known and "Regex" in steps[0]["pattern"], f"the pre-tokenizer {pre_tokenizer} is not supported yet")
+    pattern = steps[0]["pattern"]["Regex"]
     # Hugging Face keeps what lies between two matches as a piece of its own, tiktoken would drop it.
     return pattern if pattern in PATTERNS.values() else rf"{pattern}|(?:(?!{pattern})[\s\S])+"
 
+def char_codec(spec: dict):
+    """Read a file with one id a character."""
+    vocab = spec["model"]["vocab"]
+    check(set(map(len, vocab)) <= {1}, "a BPE tokenizer without merges has to have single characters only")
+
+    def encode(text: str) -> np.ndarray:
+        try:
+            return np.array([vocab[c] for c in text], dtype=np.uint32)
+        except KeyError as e:
+            raise UserError(f"the character {e} is not in the vocabulary of this tokenizer") from None
+
+    return {i: c.encode() for c, i in vocab.items()}, encode
 
 class Tokenizer:
-    """A tokenizer.json and what it means: text to ids and back. `special` maps names to ids, None where there is none.
+    """Turn text into ids and back, as a tokenizer.json says.
 
-    Special tokens never come out of ordinary text: whoever wants them names them.
+    special: name of a special token -> id. They never come of ordinary text: whoever wants them names them.
+    encode_array: encodes ordinary text as uint32; fast, and in several threads at once where it is BPE.
     """
 
     def __init__(self, spec: dict):
-        model = spec.get("model", {})
-        check_supported(spec, model.get("type", "BPE"))
         self.spec = spec
-        self.special = {t["content"]: t["id"] for t in spec["added_tokens"]}
-        tokens, self._encode = bpe_codec(spec) if model["merges"] else char_codec(spec)
+        self.special = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        tokens, self.encode_array = codec(spec)
         tokens |= {i: name.encode() for name, i in self.special.items()}
         self.n_vocab = max(tokens) + 1
-        self.token_bytes = [tokens.get(i, b"") for i in range(self.n_vocab)]  # an id that a file leaves out is empty
-        names = ("<|endoftext|>", "<|pad|>", "<|mask|>", "<|im_start|>", "<|im_end|>")
-        self.eot_id, self.pad_id, self.mask_id, self.im_start_id, self.im_end_id = map(self.special.get, names)
+        self.token_bytes = [tokens.get(i, b"") for i in range(self.n_vocab)]  # a file may leave an id out
+        ids = map(self.special.get, SPECIAL[:5])  # None where the file has no such token
+        self.eot_id, self.pad_id, self.mask_id, self.im_start_id, self.im_end_id = ids
 
     @classmethod
     def load(cls, path) -> Tokenizer:
-        """From a tokenizer.json or a folder that holds one."""
-        path = Path(path)
-        path = path / "tokenizer.json" if path.is_dir() else path
+        """Load a tokenizer.json, or the one in a folder."""
+        path = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
+        check(path.exists(), f"there is no tokenizer at {path}")
         try:
             return cls(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise UserError(f"there is no tokenizer at {path}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{path} is not a tokenizer.json: {type(e).__name__}: {e}") from None
-        except UserError as e:
-            raise UserError(f"{path}: {e}") from None
+        except (UserError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{path} is not a tokenizer.json that can be used: {e}") from None
 
-    def save(self, path) -> None:
-        """To a file, or into a folder as tokenizer.json; whole or not at all."""
-        path = Path(path)
-        path = path / "tokenizer.json" if path.is_dir() else path
-        write_whole(path, json.dumps(self.spec, ensure_ascii=False, indent=2) + "\n")
+    def save(self, path: Path):
+        """Save the tokenizer to a file, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.new")
+        text = json.dumps(self.spec, ensure_ascii=False, indent=2)
+        beside.write_text(f"{text}\n", encoding="utf-8", newline="\n")
+        os.replace(beside, path)
 
     def encode(self, text: str, special=()) -> list[int]:
-        """Ids of a text. `special`: "all", a name or names of special tokens that the text may spell out."""
-        names = self.special if special == "all" else [special] if isinstance(special, str) else list(special)
-        if not names:
-            return self._encode(text).tolist()
-        if unknown := [name for name in names if name not in self.special]:
-            raise UserError(f"this tokenizer has no special token {unknown[0]!r}; it has {', '.join(self.special)}")
+        """Encode a text. special: "all", a name or names of special tokens that the text may spell out."""
+        if not special:
+            return self.encode_array(text).tolist()
+        names = self.special if special == "all" else [special] if isinstance(special, str) else special
+        for name in names:
+            check(name in self.special, f"there is no special token {name!r}, only {', '.join(self.special)}")
         longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
         ids = []
         for piece in re.split(f"({longest_first})", text):
-            ids += [self.special[piece]] if piece in names else self._encode(piece).tolist()
+            ids += [self.special[piece]] if piece in names else self.encode_array(piece).tolist()
         return ids
 
-    def encode_array(self, text: str) -> np.ndarray:
-        """Ids of ordinary text as uint32; fast, and several threads at once where it is BPE."""
-        return self._encode(text)
-
     def decode_bytes(self, ids) -> bytes:
-        """The exact bytes of some ids; special tokens by their names."""
-        try:
-            if len(ids) and min(ids) < 0:
-                raise IndexError
-            return b"".join([self.token_bytes[i] for i in ids])
-        except IndexError:
-            bad = next(i for i in ids if not 0 <= i < self.n_vocab)
-            raise UserError(f"token id {bad} is not in the vocabulary of {self.n_vocab} ids") from None
+        """Decode ids to their exact bytes; special tokens to their names."""
+        for i in ids:
+            if not 0 <= i < self.n_vocab:
+                raise UserError(f"token id {i} is not in the vocabulary of {self.n_vocab} ids")
+        return b"".join([self.token_bytes[i] for i in ids])
 
     def decode(self, ids) -> str:
-        """The text of some ids; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        """Decode ids to text; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode(errors="replace")
 
-
-def check_supported(spec: dict, kind: str) -> None:
-    """Refuse, by name, what a file asks for and we would do differently."""
-    model = spec["model"]
-    if kind != "BPE":
-        raise UserError(f"tokenizers of the type {kind} are not supported yet")
-    if spec["normalizer"]:
-        raise UserError(f"a normalizer ({spec['normalizer']['type']}) is not supported yet")
-    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(option):
-            raise UserError(f"BPE with {option} is not supported yet")
-    for token in spec["added_tokens"]:
-        for option in ("single_word", "lstrip", "rstrip"):
-            if token.get(option):
-                raise UserError(f"the added token {token['content']} asks for {option}, which is not supported yet")
-
-
-def train_tokenizer(texts: list[str], algorithm: str, vocab_size: int, pattern: str) -> Tokenizer:
-    """A tokenizer learned from some texts."""
+def train_tokenizer(texts: list, algorithm: str, vocab_size: int, pattern: str):
+    """Learn a tokenizer from texts; return it and how many tokens it makes of them."""
     if algorithm == "char":
-        return Tokenizer(char_file(set().union(*texts)))
-    n_merges = vocab_size - 256 - len(SPECIAL)
-    words = count_words_in_parallel(texts, pattern)
-    merges = train_bpe(words, n_merges, lambda steps: track(steps, "merging", n_merges))
+        return Tokenizer(tokenizer_file(sorted(set().union(*texts)))), sum(map(len, texts))
+    pieces = [piece for text in texts for piece in cut(text, 20_000)]
+    n = 1 + sum(map(len, pieces)) // 4_000_000
+    parts = [pieces[i::n] for i in range(n)]
+    words = Counter()
+    for counts in compute(partial(count_words, pattern=pattern), parts, "counting words", processes=True):
+        words.update(counts)
+    n_merges = vocab_size - LEAST_VOCAB + 1
+    merges, n_tokens = train_bpe(words, n_merges, lambda steps: track(steps, "merging", n_merges))
+    tokenizer = Tokenizer(bpe_file(merges, pattern))
     if len(merges) < n_merges:
-        say(f"warning: the text gives {len(merges)} merges only, so the vocabulary has {267 + len(merges)} tokens")
-    return Tokenizer(bpe_file(merges, pattern))
+        say(f"warning: the text gives {len(merges)} merges only, so there are {tokenizer.n_vocab} tokens")
+    return tokenizer, n_tokens
 
+# ---- Documents: found, read, filtered, split ---------------------------------------------------------------
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Documents: found, read, filtered, split
-
-
-class Document:
-    """One text with the source it came from and a digest that ignores line ends and trailing white space."""
-
-    def __init__(self, source: str, text: str, size: int):
-        self.source, self.text, self.size = source, text, size  # size in bytes of UTF-8
-        self.digest = hashlib.sha256("\n".join(s.rstrip() for s in text.strip().splitlines()).encode()).hexdigest()
-
-
-def find_files(inputs: list[str]) -> list[tuple[str, str, Path, bool]]:
-    """(source, name within it, path, whether the user named this very file) of all files of all inputs, sorted."""
+def find_files(inputs: list[str]) -> list:
+    """Find the files of all inputs, sorted: (source, name within it, path, whether the user named it)."""
     found = []
     for item in inputs:
-        source, equals, rest = item.partition("=")
-        path = Path(rest if equals and not Path(item).exists() else item)
-        source = source if path == Path(rest) and equals else path.resolve().stem
+        name, _, rest = item.partition("=")  # NAME=PATH
+        named = rest and not Path(item).exists()
+        path = Path(rest if named else item)
+        source = name if named else path.resolve().stem
+        check(path.exists(), f"there is no file or folder {path}")
         if path.is_dir():
             found += [(source, name, path / name, False) for name in walk(path)]
-        elif path.exists():
-            found.append((source, path.name, path, True))
         else:
-            raise UserError(f"there is no file or folder {path}")
-    if not found:
-        raise UserError(f"there are no files in {', '.join(inputs)}")
+            found.append((source, path.name, path, True))
+    check(found, f"there are no files in {', '.join(inputs)}")
     return sorted(found)
 
-
-def walk(folder: Path, skip=()) -> list[str]:
-    """Files below a folder as relative names with slashes; nothing hidden, no folder of a name to skip."""
+def walk(folder: Path, skipped=r"^\.") -> list[str]:
+    """List the files below a folder, without those that match `skipped`; a folder's name ends in a slash."""
     names = []
     for root, folders, files in os.walk(folder):
-        folders[:] = [d for d in folders if not d.startswith(".") and d not in skip]
-        names += [(Path(root) / f).relative_to(folder).as_posix() for f in files if not f.startswith(".")]
+        folders[:] = [name for name in folders if not re.search(skipped, f"{name}/")]
+        files = [name for name in files if not re.search(skipped, name)]
+        names += [Path(root, name).relative_to(folder).as_posix() for name in files]
     return names
 
-
-def find_python() -> list[tuple[str, str, Path, bool]]:
-    """The embedded default: the standard library and the packages that requirements.txt installs, without tests."""
+def find_python() -> list:
+    """Find the embedded default: the standard library and the packages of requirements.txt, without tests."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    found = [("python", name, library / name) for name in walk(library, NOT_TEXT)]
-    for package in PACKAGES:
-        try:
-            files = importlib.metadata.files(package) or []
-        except importlib.metadata.PackageNotFoundError:
-            say(f"{package} is not installed here: left out")
-            continue
-        found += [(package, f.as_posix(), Path(f.locate())) for f in files if ".." not in f.parts]
+    found = [("python", name, library / name, False) for name in walk(library, SKIPPED)]
+    for package in PACKAGES.split():
+        for installed in list(importlib.metadata.distributions(name=package))[:1]:
+            files = [file for file in installed.files or [] if not re.search(SKIPPED, file.as_posix())]
+            found += [(package, file.as_posix(), Path(file.locate()), False) for file in files]
+    return sorted(file for file in found if file[1].endswith(".py") and file[2].is_file())
 
-    def wanted(name: str) -> bool:
-        *folders, file = name.split("/")
-        is_test = file.startswith("test_") or file.endswith("_test.py") or file == "conftest.py"
-        return file.endswith(".py") and not is_test and NOT_TEXT.isdisjoint(folders)
-
-    return sorted((source, name, path, False) for source, name, path in found if wanted(name) and path.is_file())
-
-
-def read_file(path: Path, field: str) -> tuple[bytes, list[bytes]]:
-    """A file's bytes, and the texts in it: the file itself, or a field of each line of a .jsonl file."""
-    data = path.read_bytes()
-    if path.suffix != ".jsonl":
-        return data, [data]
+def read_lines(path: Path, data: bytes, field: str) -> list[bytes]:
+    """Read one field of each line of a .jsonl file."""
     texts = []
     for number, line in enumerate(data.splitlines(), 1):
         try:
-            texts += [json.loads(line)[field].encode("utf-8", "surrogatepass")] if line.strip() else []
+            if line.strip():
+                texts.append(json.loads(line)[field].encode("utf-8", "surrogatepass"))
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f'line {number} of {path} is not a JSON object with a text in "{field}"') from None
-    return data, texts
+            raise UserError(f'line {number} of {path} is no JSON object with a text in "{field}"') from None
+    return texts
 
+def why_drop(data: bytes, filters=FILTERS) -> str | None:
+    """Name the first filter that a document does not pass: why_drop(b"x = 1") -> "short" """
+    text = data.decode(errors="replace")
+    return next((name for name in filters if FILTERS[name](data, text)), None)
 
-def why_drop(data: bytes) -> str | None:
-    """The first filter that a document does not pass: why_drop(b"x = 1") -> "short" """
-    if b"\0" in data:
-        return "binary"
-    try:
-        text = data.decode()
-    except UnicodeDecodeError:
-        return "not_utf8"
-    if len(text.strip()) < 64:
-        return "short"
-    if max(map(len, text.splitlines())) > 20_000:
-        return "long_lines"  # minified code, dumps
-    if len(data.translate(None, LETTERS)) > 0.75 * len(data):
-        return "data"  # tables of numbers
-    if len(zlib.compress(data, 1)) < 0.1 * len(data):
-        return "repetitive"
-    return None
+def read_documents(files: list, field: str, clean=True) -> tuple:
+    """Read files: return {key: (source, text)}, {filter: what it dropped}, [source, name, hash] of each file.
 
-
-def read_documents(files: list, field: str, filters=FILTERS) -> tuple[list[Document], dict, list]:
-    """Documents that pass the filters; {filter: what it dropped}; [source, name, hash] of each file.
-
-    The filters judge what was found in folders and JSON lines. A file that the user named is taken if it is text.
+    clean: apply all filters, and keep one of equal documents. A file that the user named only has to be text.
     """
-    dropped = {name: {"documents": 0, "bytes": 0} for name in filters}
-    documents, seen, listing = [], set(), []
+    documents = {}
+    dropped = {name: {"documents": 0, "bytes": 0} for name in (*FILTERS, "duplicate")}
+    hashes = []
     for source, name, path, named in track(files, "reading", len(files)):
-        data, texts = read_file(path, field)
-        listing.append([source, name, hashlib.sha256(data).hexdigest()[:16]])
-        for text in texts:
-            reason = why_drop(text)
-            if named and path.suffix != ".jsonl":
-                if not text.strip() or reason in ("binary", "not_utf8"):
-                    raise UserError(f"{path} is {'not UTF-8 text' if text.strip() else 'empty'}")
-                reason = None
-            if reason not in filters:
-                document, reason = Document(source, text.decode(), len(text)), None
-                if document.digest in seen and "duplicate" in filters:
-                    reason = "duplicate"
-                seen.add(document.digest)
+        data = path.read_bytes()
+        hashes.append([source, name, hashlib.sha256(data).hexdigest()[:16]])
+        lines = path.suffix == ".jsonl"
+        filters = FILTERS if clean else MUST_PASS
+        if named and not lines:
+            filters = MUST_PASS
+            check(data.strip(), f"{path} is empty")
+            check(not why_drop(data, filters), f"{path} is not UTF-8 text")
+        for content in read_lines(path, data, field) if lines else [data]:
+            reason = why_drop(content, filters)
+            text = content.decode(errors="replace")
+            key = len(documents)
+            if clean:  # line ends and trailing white space make no difference
+                bare = "\n".join(map(str.rstrip, text.strip().splitlines()))
+                key = hashlib.sha256(bare.encode()).hexdigest()
+            reason = reason or ("duplicate" if key in documents else None)
             if reason:
                 dropped[reason]["documents"] += 1
-                dropped[reason]["bytes"] += len(text)
+                dropped[reason]["bytes"] += len(content)
             else:
-                documents.append(document)
-    if not documents:
-        told = ", ".join(f"{name}: {n['documents']}" for name, n in dropped.items() if n["documents"])
-        raise UserError(f"no document is left to learn from ({told or 'there was no text'})")
-    return documents, dropped, listing
+                documents[key] = source, text
+    told = ", ".join(f"{name}: {count['documents']}" for name, count in dropped.items() if count["documents"])
+    check(documents, f"no document is left to learn from ({told or 'there was no text'})")
+    return documents, dropped, hashes
 
-
-def split_documents(documents: list[Document], val_fraction: float, seed: int) -> dict[str, list[Document]]:
-    """Whole documents go to train or val, in an order that only their content and the seed decide.
-
-    A document that is alone is cut instead, at the character where nanoGPT cuts tiny Shakespeare.
-    """
-    if len(documents) == 1:
+def split_documents(documents: dict, val_fraction: float, seed: int) -> dict:
+    """Put whole documents into train or val, in an order that only their content and the seed decide."""
+    if len(documents) == 1:  # cut it at the character where nanoGPT cuts tiny Shakespeare
         say("a single document: its tail becomes the validation split")
-        (one,) = documents
-        cut_at = int(len(one.text) * (1 - val_fraction))
-        parts = one.text[:cut_at], one.text[cut_at:]
-        if not all(parts):
-            raise UserError(f"{len(one.text)} characters are too few to split")
-        train, val = [Document(one.source, part, len(part.encode())) for part in parts]
-        return {"train": [train], "val": [val]}
-    shuffled = sorted(documents, key=lambda d: hashlib.sha256(f"{seed} {d.digest}".encode()).digest())
-    wanted = val_fraction * sum(d.size for d in documents)
-    val = [shuffled.pop()]
-    while len(shuffled) > 1 and sum(d.size for d in val) + shuffled[-1].size / 2 < wanted:
-        val.append(shuffled.pop())
-    return {"train": shuffled, "val": val}
+        ((source, text),) = documents.values()
+        end = int(len(text) * (1 - val_fraction))
+        check(0 < end < len(text), f"{len(text)} characters are too few to split")
+        return {"train": [(source, text[:end])], "val": [(source, text[end:])]}
+    order = sorted(documents, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
+    shuffled = [documents[key] for key in order]
+    sizes = np.array([len(text.encode()) for _, text in reversed(shuffled)])
+    middles = sizes.cumsum() - sizes / 2  # of each document, in bytes from the end
+    n = int(sum(middles < val_fraction * sizes.sum()))
+    n = min(max(n, 1), len(shuffled) - 1)
+    return {"train": shuffled[:-n], "val": shuffled[-n:][::-1]}
 
-
-def encode_all(tokenizer: Tokenizer, documents: list[Document], what: str):
-    """The ids of each document in turn, as arrays, encoded by all cores."""
-    pool = ThreadPoolExecutor(n_cores())  # tiktoken lets go of the interpreter's lock
+def compute(function, items: list, what: str, processes=False):
+    """Yield function(item) for each item in turn, computed on all cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Threads are enough for tiktoken. Worker processes start the program that runs: it has to be this file.
+    if processes and min(cores, len(items)) > 1 and __name__ == "__main__":
+        context = multiprocessing.get_context("spawn")  # the one way that all systems have
+        ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by this process alone
+        pool = ProcessPoolExecutor(min(cores, len(items)), context, signal.signal, ignore)
+        handler = signal.signal(*ignore)  # the workers inherit this, so they are quiet while they start, too
+        results = pool.map(function, items)
+        signal.signal(signal.SIGINT, handler)
+    else:
+        pool = ThreadPoolExecutor(cores)
+        results = pool.map(function, items)
     try:
-        arrays = pool.map(tokenizer.encode_array, [d.text for d in documents])
-        yield from track(arrays, what, len(documents))
+        yield from track(results, what, len(items))
     finally:
         pool.shutdown(cancel_futures=True)
 
+def track(items, what, total):
+    """Go through items with a bar and the time left."""
+    from rich import console, progress  # here, as `encode` has to start fast
+    yield from progress.track(items, what, total, console=console.Console(stderr=True))
 
-def write_tokens(path: Path, tokenizer: Tokenizer, documents: list[Document], dtype: str) -> dict[str, dict[str, int]]:
-    """Write all ids in a row, an end-of-text after each document: {source: {documents, tokens, bytes}}"""
-    counts = {}
-    with open(path, "wb") as f:
-        for ids, document in zip(encode_all(tokenizer, documents, f"encoding {path.stem}"), documents, strict=True):
-            f.write(np.append(ids, np.uint32(tokenizer.eot_id)).astype(np.dtype(dtype).newbyteorder("<")).tobytes())
-            count = counts.setdefault(document.source, {"documents": 0, "tokens": 0, "bytes": 0})
-            count["documents"] += 1
-            count["tokens"] += len(ids) + 1
-            count["bytes"] += document.size
-    return counts
-
-
-def xz_sizes(send, train: bytes, val: bytes) -> None:
-    """Compress train, then val behind it. Sends a float after each megabyte, then C(train) and C(train + val)."""
-    xz, size, worker = lzma.LZMACompressor(**XZ), 0, multiprocessing.parent_process()
-    if worker:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for i in range(0, len(train), 10**6):
-        size += len(xz.compress(train[i : i + 10**6]))
-        send(i / len(train))
-    if worker and hasattr(os, "fork"):  # a compressor cannot be copied, but a process can: one pass gives both sizes
-        if not (child := os.fork()):
-            send(size + len(xz.flush()))
-            os._exit(0)
-        os.waitpid(child, 0)
-    else:
-        send(len(lzma.compress(train, **XZ)))
-    send(size + len(xz.compress(val)) + len(xz.flush()))
-
-
-class Baselines:
-    """What xz makes of the validation text, alone and primed with the training text, found while the rest goes on."""
-
-    def __init__(self, train: list[Document], val: list[Document]):
-        self.texts = ["".join(d.text for d in documents).encode() for documents in (train, val)]
-        self.process = None
-
-    def __enter__(self) -> Baselines:
-        if __name__ == "__main__" and len(self.texts[0]) <= XZ_LIMIT:  # as above: workers start this file
-            context = multiprocessing.get_context("spawn")
-            self.inlet, outlet = context.Pipe(duplex=False)
-            self.process = context.Process(target=xz_sizes, args=(outlet.send, *self.texts), daemon=True)
-            self.process.start()
-            outlet.close()
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.process:
-            self.process.terminate()
-
-    def result(self) -> dict:
-        """Sizes in bytes, and bits per byte of the validation text."""
-        train, val = self.texts
-        sizes = {"xz": len(lzma.compress(val, **XZ))}
-        if len(train) > XZ_LIMIT:
-            say("xz primed with so much text takes minutes: left out")
-        else:
-            n, found = -(-len(train) // 10**6) + 2, []
-            if not self.process:
-                xz_sizes(found.append, train, val)
-            items = (self.inlet.recv() for _ in range(n)) if self.process else found
-            found = list(track(items, "compressing with xz -9e, the baseline", n))
-            sizes["xz_primed"] = found[-1] - found[-2]
-        bits = {f"{name}_bpb": round(8 * size / len(val), 4) for name, size in sizes.items()}
-        return {f"{name}_bytes": size for name, size in sizes.items()} | bits
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files, progress, tables
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place, then rename it, so that the name never holds half of it."""
-    beside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-class NewFolder:
-    """A folder that appears whole or not at all: filled beside its place, renamed at the end of the `with`."""
-
-    def __init__(self, path: Path, overwrite: bool):
-        if path.exists() and not overwrite:
-            raise UserError(f"{path} exists: pass --overwrite to replace it, or another --output")
-        self.path, self.beside = path, path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        self.old = path.with_name(f".{path.name}.old")
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.old.exists() and not self.path.exists():  # killed between the two renames below
-            self.old.rename(self.path)
-        for stale in self.path.parent.glob(f".{self.path.name}.tmp-*"):
-            if not is_running(int(stale.name.rpartition("-")[2])):
-                shutil.rmtree(stale, ignore_errors=True)
-        self.beside.mkdir()
-        return self.beside
-
-    def __exit__(self, error, *_) -> None:
-        if error is None:
-            shutil.rmtree(self.old, ignore_errors=True)
-            if self.path.exists():
-                self.path.rename(self.old)
-            self.beside.rename(self.path)
-            shutil.rmtree(self.old, ignore_errors=True)
-        shutil.rmtree(self.beside, ignore_errors=True)
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process lives. Windows has no harmless way to ask (signal 0 is Ctrl-C there): yes, then."""
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def n_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def say(text: str) -> None:
-    """A line for people; standard output is for results."""
+def say(text: str):
+    """Print a line for people; standard output is for results."""
     print(text, file=sys.stderr, flush=True)
 
-
-def track(items, what: str, total: int):
-    """Go through some items with progress and time left on a terminal, with a line at the end elsewhere."""
-    start = time.perf_counter()
-    if sys.stderr.isatty():
-        from rich import console, progress  # here, as `encode` has to start fast
-
-        yield from progress.track(items, what, total, console=console.Console(stderr=True))
-    else:
-        yield from items
-        say(f"{what}: {time.perf_counter() - start:.1f} s")
-
-
-def show_table(title: str, columns: list[str], rows: list[list]) -> None:
-    """A small table on standard error; numbers to the right."""
-    from rich import console, table
-
-    grid = table.Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        grid.add_column(column, justify="right" if i else "left")
-    for row in rows:
-        grid.add_row(*(f"{x:,}" if isinstance(x, int) else x for x in row))
-    console.Console(stderr=True).print(grid)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Commands
-
+# ---- Commands ----------------------------------------------------------------------------------------------
 
 def train(
-    inputs: Annotated[list[str], typer.Option("--input", help="Text file, folder or .jsonl file; can be repeated.")],
+    inputs: Annotated[list[str], typer.Option("--input", help="Text, folder or .jsonl; can be repeated.")],
     output: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
-    algorithm: Annotated[Literal["bpe", "char"], typer.Option(help="Byte-level BPE, or single characters.")] = "bpe",
-    vocab_size: Annotated[int, typer.Option(help="bpe: all ids, with the special tokens; 1024 to 256000.")] = 4096,
-    pattern: Annotated[Literal["gpt2", "gpt4"], typer.Option(help="bpe: how text is split before it merges.")] = "gpt4",
+    algorithm: Annotated[Literal["bpe", "char"], typer.Option(help="Byte-level BPE, or characters.")] = "bpe",
+    vocab_size: Annotated[int, typer.Option(help="bpe: ids, special tokens too; 1024 to 256000.")] = 4096,
+    pattern: Annotated[Literal["gpt2", "gpt4"], typer.Option(help="bpe: how text is cut.")] = "gpt4",
     field: Annotated[str, typer.Option(help="Field of a .jsonl line that holds the text.")] = "text",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
-) -> None:
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+):
     """Learn a tokenizer from text."""
-    check_vocab_size(algorithm, vocab_size)
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} exists: pass --overwrite to replace it, or another --output")
-    documents, _, _ = read_documents(find_files(inputs), field, filters=("binary", "not_utf8"))
-    start = time.perf_counter()
-    tokenizer = train_tokenizer([d.text for d in documents], algorithm, vocab_size, pattern)
-    seconds = time.perf_counter() - start
+    files = find_files(inputs)
+    check_plan(algorithm, vocab_size, files, [output], overwrite)
+    documents, _, _ = read_documents(files, field, clean=False)
+    texts = [text for _, text in documents.values()]
+    tokenizer, n_tokens = train_tokenizer(texts, algorithm, vocab_size, pattern)
     tokenizer.save(output)
-    n_tokens = sum(map(len, encode_all(tokenizer, documents, "encoding")))
-    n_bytes, n_merges = sum(d.size for d in documents), len(tokenizer.spec["model"]["merges"])
-    row = [str(tokenizer.n_vocab), n_merges, f"{seconds:.1f}", n_bytes, f"{n_bytes / n_tokens:.3f}"]
-    show_table(str(output), ["tokens", "merges", "seconds", "bytes of text", "bytes per token"], [row])
-
+    n_bytes = sum(len(text.encode()) for text in texts)
+    say(f"{output}: {tokenizer.n_vocab:,} ids, {n_bytes / n_tokens:.3f} bytes per token")
 
 def encode(
     tokenizer: Annotated[Path, typer.Option(help="A tokenizer.json, or a folder that holds one.")],
-    text: Annotated[str, typer.Argument(help="The text; standard input, byte for byte, where none is given.")] = None,
-    special: Annotated[list[str], typer.Option(help="Special token that the text may spell out, or: all.")] = (),
-) -> None:
+    text: Annotated[str, typer.Argument(help="The text; by default standard input, byte for byte.")] = None,
+    special: Annotated[list[str], typer.Option(help="Special token that the text may spell, or: all.")] = (),
+):
     """Print the ids of a text as one JSON list."""
     tok = Tokenizer.load(tokenizer)
-    try:
-        text = sys.stdin.buffer.read().decode() if text is None else text
-        text.encode()  # an argument can hold bytes that are no text
-    except UnicodeError:
-        raise UserError("the text is not UTF-8") from None
+    text = sys.stdin.buffer.read().decode(errors="surrogateescape") if text is None else text
+    check(not re.search(r"[\ud800-\udfff]", text), "the text is not UTF-8")
     print(json.dumps(tok.encode(text, "all" if "all" in special else special)))
-
 
 def decode(
     tokenizer: Annotated[Path, typer.Option(help="A tokenizer.json, or a folder that holds one.")],
-    ids: Annotated[str, typer.Argument(help="A JSON list; standard input where none is given.")] = None,
-) -> None:
+    ids: Annotated[str, typer.Argument(help="A JSON list; by default standard input.")] = None,
+):
     """Write the bytes that a JSON list of ids stands for."""
     tok = Tokenizer.load(tokenizer)
     try:
         numbers = json.loads(sys.stdin.buffer.read() if ids is None else ids)
     except ValueError:
         numbers = None
-    if not isinstance(numbers, list) or any(type(i) is not int for i in numbers):
-        raise UserError("the ids are not a JSON list of whole numbers")
+    ok = isinstance(numbers, list) and all(type(i) is int for i in numbers)
+    check(ok, "the ids are not a JSON list of whole numbers")
     sys.stdout.buffer.write(tok.decode_bytes(numbers))
-    sys.stdout.buffer.flush()
-
 
 def prepare(
-    inputs: Annotated[list[str], typer.Argument(help="File, folder, .jsonl or NAME=PATH. None: this Python.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder to write; by default data/ and the first source's name.")] = None,
+    inputs: Annotated[list[str], typer.Argument(help="File, folder, NAME=PATH; else this Python.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder to write; else data/ and the source's name.")] = None,
     tokenizer: Annotated[Path, typer.Option(help="Use this tokenizer.json instead of learning one.")] = None,
-    algorithm: Annotated[Literal["bpe", "char"], typer.Option(help="Byte-level BPE, or single characters.")] = "bpe",
-    vocab_size: Annotated[int, typer.Option(help="bpe: all ids, with the special tokens; 1024 to 256000.")] = 4096,
-    pattern: Annotated[Literal["gpt2", "gpt4"], typer.Option(help="bpe: how text is split before it merges.")] = "gpt4",
-    val_fraction: Annotated[float, typer.Option(help="Share of the bytes kept for validation, 0 to 1.")] = 0.02,
-    seed: Annotated[int, typer.Option(help="Another seed gives another split and order of documents.")] = 0,
+    algorithm: Annotated[Literal["bpe", "char"], typer.Option(help="Byte-level BPE, or characters.")] = "bpe",
+    vocab_size: Annotated[int, typer.Option(help="bpe: ids, special tokens too; 1024 to 256000.")] = 4096,
+    pattern: Annotated[Literal["gpt2", "gpt4"], typer.Option(help="bpe: how text is cut.")] = "gpt4",
+    val_fraction: Annotated[float, typer.Option(help="Share of the bytes for validation, 0 to 1.")] = 0.02,
+    seed: Annotated[int, typer.Option(help="Another seed gives another split and order.")] = 0,
     field: Annotated[str, typer.Option(help="Field of a .jsonl line that holds the text.")] = "text",
-    baselines: Annotated[bool, typer.Option(help="Measure what xz -9e needs for the validation text.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print meta.json, less its files, as one line.")] = False,
-) -> None:
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print meta.json, less its files.")] = False,
+):
     """Turn text into a data folder: train.bin, val.bin, tokenizer.json, meta.json."""
     # 1. what can be wrong, before any work
-    check_vocab_size(algorithm, vocab_size)
-    if not 0 < val_fraction < 1:
-        raise UserError(f"--val-fraction {val_fraction} is not between 0 and 1")
+    check(0 < val_fraction < 1, f"--val-fraction {val_fraction} is not between 0 and 1")
     tok = Tokenizer.load(tokenizer) if tokenizer else None
-    if tok and tok.eot_id is None:
-        raise UserError(f"{tokenizer} has no {SPECIAL[0]}, which has to end every document")
+    check(not tok or tok.eot_id is not None, f"{tokenizer} has no {SPECIAL[0]} to end a document with")
     files = find_files(inputs) if inputs else find_python()
     output = output or Path("data") / (files[0][0] if inputs else "python")
-    with NewFolder(output, overwrite) as folder:
-        # 2. documents
-        documents, dropped, listing = read_documents(files, field)
-        splits = split_documents(documents, val_fraction, seed)
-        with Baselines(**splits) if baselines else nullcontext() as xz:
-            # 3. the tokenizer: merges from train alone; characters from all, or val might have one without an id
-            if not tok:
-                parts = documents if algorithm == "char" else splits["train"]
-                tok = train_tokenizer([d.text for d in parts], algorithm, vocab_size, pattern)
-            tok.save(folder)
-            # 4. the ids
-            dtype = "uint16" if tok.n_vocab <= 2**16 else "uint32"
-            counts = {s: write_tokens(folder / f"{s}.bin", tok, docs, dtype) for s, docs in splits.items()}
-            # 5. the account of it
-            keys = ("documents", "tokens", "bytes")
-            meta = {"dtype": dtype, "vocab_size": tok.n_vocab, "eot_id": tok.eot_id}
-            meta["splits"] = {s: {k: sum(c[k] for c in counts[s].values()) for k in keys} for s in counts}
-            sources = dict.fromkeys(source for source, *_ in files)
-            none = dict.fromkeys(keys, 0)
-            meta["sources"] = {name: {s: counts[s].get(name, none) for s in counts} for name in sources}
-            meta["filters"] = dropped
-            chosen = {"tokenizer": tokenizer} if tokenizer else {"algorithm": algorithm}
-            chosen |= {"vocab-size": vocab_size, "pattern": pattern} if not tokenizer and algorithm == "bpe" else {}
-            chosen |= {"val-fraction": val_fraction, "seed": seed, "field": field}
-            meta["command"] = command_line(inputs or [], chosen)
-            meta["baselines"] = xz.result() if xz else {}
-        meta["files_sha256"] = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-        files_too = {**meta, "files": listing if len(listing) <= 10_000 else []}
-        write_whole(folder / "meta.json", json.dumps(files_too, indent=1) + "\n")
+    there = os.listdir(output) if output.exists() else []
+    there = [name for name in there if not name.endswith(".new")]  # a killed save may leave these
+    ours = not there or "meta.json" in there or (output / "state" / "commit.json").exists()
+    check(ours, f"{output} is not empty and is no data folder: choose another --output")
+    check_plan(algorithm, vocab_size, files, [output / name for name in DATA_FILES], overwrite)
+    # 2. documents
+    documents, dropped, hashes = read_documents(files, field)
+    splits = split_documents(documents, val_fraction, seed)
+    # 3. the tokenizer: merges from train alone; characters from all, or val might have one without an id
+    options = {"tokenizer": tokenizer} if tokenizer else {"algorithm": algorithm}
+    if not tok:
+        learn_from = documents.values() if algorithm == "char" else splits["train"]
+        tok, _ = train_tokenizer([text for _, text in learn_from], algorithm, vocab_size, pattern)
+        options |= {"vocab-size": vocab_size, "pattern": pattern} if algorithm == "bpe" else {}
+    # 4. the ids, and the account of it all
+    dtype = "uint16" if tok.n_vocab <= 2**16 else "uint32"
+    meta = {"dtype": dtype, "vocab_size": tok.n_vocab, "eot_id": tok.eot_id, "splits": {}}
+    meta["sources"] = {source: {} for source, *_ in files}
+    train_ids = encode_documents(tok, splits["train"], "train", meta)
+    val_ids = encode_documents(tok, splits["val"], "val", meta)
+    meta["filters"] = dropped
+    options |= {"val-fraction": val_fraction, "seed": seed, "field": field}
+    meta["command"] = command_line(inputs or [], options)
+    meta["files_sha256"] = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    account = json.dumps(meta | {"files": hashes if len(hashes) <= 10_000 else []}, indent=1)
+    # 5. the folder
+    from model import save_files  # here, since it loads torch, and the other commands have to start fast
+    contents = (train_ids.tofile, val_ids.tofile, tok.save, f"{account}\n")
+    save_files(output, dict(zip(DATA_FILES, contents, strict=True)))
     show_meta(output, meta)
     if as_json:
         print(json.dumps({"output": str(output), **meta}))
 
+def encode_documents(tokenizer: Tokenizer, documents: list, split: str, meta: dict) -> np.ndarray:
+    """Encode a split as one row of ids, an end-of-text after each document; add its counts to meta."""
+    for count in (meta["splits"], *meta["sources"].values()):
+        count[split] = {"documents": 0, "tokens": 0, "bytes": 0}
+    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+    rows = []
+    encoded = compute(tokenizer.encode_array, [text for _, text in documents], f"encoding {split}")
+    for (source, text), ids in zip(documents, encoded, strict=True):
+        rows.append(np.append(ids, tokenizer.eot_id).astype(dtype))
+        for count in (meta["splits"][split], meta["sources"][source][split]):
+            count["documents"] += 1
+            count["tokens"] += len(rows[-1])
+            count["bytes"] += len(text.encode())
+    return np.concatenate(rows)
 
-def command_line(inputs: list[str], options: dict) -> str:
-    """The command to write down; of an absolute path only the name, as it means nothing on another machine."""
+def command_line(inputs: list, options: dict) -> str:
+    """Write down the command; of an absolute path only the name, as it means nothing on another machine."""
     words = ["python", "tokenize.py", "prepare", *inputs]
     for name, value in options.items():
         words += [f"--{name}", str(value)]
     return shlex.join(Path(w).name if Path(w).is_absolute() else w for w in words)
 
+def show_meta(output: Path, meta: dict):
+    """Print what each source gave, and what was dropped."""
+    for name, split in (meta["sources"] | {f"{output}": meta["splits"]}).items():
+        for part, n in split.items():
+            numbers = f"{n['documents']:>9,} documents {n['bytes']:>14,} bytes {n['tokens']:>14,} tokens"
+            say(f"{name:12} {part:5} {numbers}")
+    say("dropped: " + ", ".join(f"{n['documents']} {name}" for name, n in meta["filters"].items()))
 
-def show_meta(output: Path, meta: dict) -> None:
-    """The tables at the end of `prepare`."""
+def check_plan(algorithm: str, vocab_size: int, files: list, outputs: list, overwrite: bool):
+    """Refuse, before any work, too small a vocabulary, and an output that would replace what has to stay."""
+    small = algorithm == "bpe" and vocab_size < LEAST_VOCAB
+    check(not small, f"--vocab-size {vocab_size} is too small: it has to be {LEAST_VOCAB} at least")
+    for path in outputs:
+        free = not path.exists() or (overwrite and path.is_file())
+        check(free, f"{path} exists: pass --overwrite to replace a file, or another --output")
+    replaced = {path.resolve() for path in outputs}
+    for _, _, path, _ in files:
+        check(path.resolve() not in replaced, f"{path} is input, so it has to stay: choose another --output")
 
-    def row(name: str, train: dict, val: dict) -> list:
-        documents, size = (train[key] + val[key] for key in ("documents", "bytes"))
-        return [name, documents, size, train["tokens"], val["tokens"]]
-
-    rows = [row(name, **splits) for name, splits in {**meta["sources"], "all": meta["splits"]}.items()]
-    columns = ["source", "documents", "bytes", "train tokens", "val tokens"]
-    show_table(f"{output}: {meta['vocab_size']} ids", columns, rows)
-    rows = [[name, *n.values()] for name, n in meta["filters"].items()]
-    show_table("Dropped", ["filter", "documents", "bytes"], rows)
-    val = meta["splits"]["val"]
-    rows = [["bytes per token", f"{val['bytes'] / val['tokens']:.3f}"]]
-    rows += [[name, f"{n:.4f}"] for name, n in meta["baselines"].items() if name.endswith("bpb")]
-    show_table("Validation text", ["measure", "value"], rows)
-
-
-def check_vocab_size(algorithm: str, vocab_size: int) -> None:
-    """Room for the bytes, the special tokens and a merge at least."""
-    least = 256 + len(SPECIAL) + 1
-    if algorithm == "bpe" and vocab_size < least:
-        raise UserError(f"--vocab-size {vocab_size} is too small: bytes, special tokens and one merge take {least}")
-
-
-def main() -> None:
-    """The commands, with errors as one sentence."""
-    app = typer.Typer(help="Text to tokens, and text to a data folder.", add_completion=False, no_args_is_help=True,
-                      pretty_exceptions_enable=False, rich_markup_mode=None)  # fmt: skip
+def main():
+    """Run the command that the user typed; print an error as one sentence."""
+    app = typer.Typer(help="Turn text into tokens, and into a data folder.", no_args_is_help=True,
+                      add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     for command in (train, encode, decode, prepare):
         app.command()(command)
     try:
         app()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
     except OSError as e:  # no such folder, no permission, disk full
-        print(f"error: {e.filename or 'the output could not be written'}: {e.strerror or e}", file=sys.stderr)
-        sys.exit(2)
-
+        error = f"{e.filename or 'the output could not be written'}: {e.strerror or e}"
+    except Exception as e:
+        if type(e).__name__ != "UserError":  # ours, or that of model.py
+            raise
+        error = e
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__":
     main()
