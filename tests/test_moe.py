@@ -1,285 +1,346 @@
-"""moe.py: routers and layers against transformers, fast dispatch against the loop, balance, the commands."""
+"""Hold moe.py to its promises: equal to transformers, fast equal to plain, balance, folders, the commands."""
 
+import doctest
 import json
 import math
-from types import SimpleNamespace
+
+from conftest import call, refusal, records
+
+import model
+import moe
+import train
+from model import AUX, PRESETS, Config, Family, Transformer, UserError
 
 import numpy as np
 import pytest
 import torch
-from conftest import command as launch
 
-import moe
-from model import (
-    AUX,
-    PRESETS,
-    Config,
-    MoEConfig,
-    Options,
-    Transformer,
-    UserError,
-    build_optimizer,
-    generate,
-    load_model,
-    moe_from_hf,
-    routing_record,
-    save_checkpoint,
-)
+SIZES = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "head_dim": 16, "ffn_dim": 48}
+SMALL = Config(vocab_size=64, seq_len=32, **SIZES)
 
-SMALL = Config(vocab_size=64, seq_len=32, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, head_dim=16, ffn_dim=48)
-QWEN = SMALL.replace(moe=MoEConfig(4, 2, 24))
+
+def mixture(n_expert=4, n_expert_active=2, expert_dim=16, **fields):
+    """Put experts into SMALL."""
+    return SMALL.replace(n_expert=n_expert, n_expert_active=n_expert_active, expert_dim=expert_dim, **fields)
+
+
+SIGMOID = {"router": "sigmoid", "router_bias": True}
 KINDS = {
-    "softmax": MoEConfig(6, 2, 16),
-    "before": MoEConfig(6, 3, 16, normalize=False),
-    "sigmoid": MoEConfig(6, 2, 16, score="sigmoid", bias=True, scale=2.5),
-    "shared": MoEConfig(6, 2, 16, n_shared=2),
-    "groups": MoEConfig(6, 2, 16, n_group=3, topk_group=2),
-    "sigmoid groups": MoEConfig(8, 3, 16, score="sigmoid", bias=True, n_group=2, topk_group=1, n_shared=1),
-    "one": MoEConfig(4, 1, 16),
-    "all": MoEConfig(3, 3, 16),
+    "softmax": mixture(6),
+    "not normalized": mixture(6, 3, router_normalize=False),
+    "sigmoid": mixture(6, **SIGMOID, router_scale=2.5),
+    "shared": mixture(6, n_expert_shared=2),
+    "groups": mixture(6, n_group=3, topk_group=2),
+    "sigmoid groups": mixture(8, 3, **SIGMOID, n_group=2, topk_group=1, n_expert_shared=1),
+    "groups of one": mixture(4, **SIGMOID, n_group=4, topk_group=3),
+    "one": mixture(4, 1),
+    "all": mixture(3, 3),
 }
 
 
 def net(config, seed=0):
-    model = Transformer(config).init_weights(seed)
-    with torch.no_grad():  # a bias of zero would hide whether it acts
-        for buffer in model.buffers():
+    """Build a model whose routers' bias is not zero: zero would hide whether it acts."""
+    made = Transformer(config).init_weights(seed)
+    with torch.no_grad():
+        for buffer in made.buffers():
             buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
-    return model
+    return made
+
+
+def layer_of(config, seed=0) -> moe.MoE:
+    return net(config.replace(n_layer=1), seed).layers["0"].mlp
 
 
 def ids(config, B=2, T=16, seed=0):
     return torch.randint(config.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
-def command(*args, **kwargs):
-    return SimpleNamespace(**dict(zip(("returncode", "stdout", "stderr"), launch(*args, **kwargs), strict=True)))
+def test_examples_in_the_docstrings():
+    result = doctest.testmod(moe)
+    assert result.failed == 0 and result.attempted >= 5
 
 
-def options(**changes):
-    return Options(**{"balance_rate": 0.01, **changes})
+# --- Against transformers ---
 
-
-# --- against transformers ---
-
-HF = {
-    "mixtral": (SMALL.replace(qk_norm=False, tie=False, moe=MoEConfig(4, 2, 40), ffn_dim=40), "MixtralForCausalLM"),
-    "mixtral, one of 8": (SMALL.replace(qk_norm=False, moe=MoEConfig(8, 1, 40), ffn_dim=40), "MixtralForCausalLM"),
-    "qwen3": (QWEN, "Qwen3MoeForCausalLM"),
-    "qwen3, 16 fine": (SMALL.replace(moe=MoEConfig(16, 4, 8, normalize=False), tie=False), "Qwen3MoeForCausalLM"),
-    "qwen3, a dense layer": (SMALL.replace(moe=MoEConfig(4, 2, 24, dense=(1,))), "Qwen3MoeForCausalLM"),
-    "deepseek-v3's experts": (SMALL.replace(moe=MoEConfig(8, 2, 16, 1, (0,), "sigmoid", True, 1.7, True, 4, 2)), "Dots1ForCausalLM"),
+DOTS = mixture(8, n_expert_shared=1, dense_layers=(0,), **SIGMOID, router_scale=1.7, n_group=4, topk_group=2)
+STOCK = {
+    "mixtral": ("MixtralForCausalLM", mixture(4, 2, 40, ffn_dim=40, qk_norm=False, tie=False)),
+    "mixtral, one of 8": ("MixtralForCausalLM", mixture(8, 1, 40, ffn_dim=40, qk_norm=False)),
+    "qwen3": ("Qwen3MoeForCausalLM", mixture(4, 2, 24)),
+    "qwen3, 16 fine": ("Qwen3MoeForCausalLM", mixture(16, 4, 8, router_normalize=False, tie=False)),
+    "qwen3, a dense layer": ("Qwen3MoeForCausalLM", mixture(4, 2, 24, dense_layers=(1,))),
+    "dots1": ("Dots1ForCausalLM", DOTS),
+    "dots1, plain": ("Dots1ForCausalLM", mixture(4, n_expert_shared=2, **SIGMOID, router_normalize=False)),
 }
 
 
-@pytest.mark.parametrize("name", HF)
+@pytest.mark.parametrize("name", STOCK)
 def test_logits_equal_transformers_and_its_folders_open_here(name, tmp_path, data):
     transformers = pytest.importorskip("transformers")
-    config, cls = HF[name]
-    model = net(config).eval()
-    save_checkpoint(tmp_path / "ours", model, data / "tokenizer.json")
+    cls, config = STOCK[name]
+    ours = net(config).eval()
+    model.save_checkpoint(tmp_path / "ours", ours, data / "tokenizer.json")
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["architectures"] == [cls]
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", dtype=torch.float32, output_loading_info=True
-    )
+        tmp_path / "ours", dtype=torch.float32, output_loading_info=True)
     assert type(theirs).__name__ == cls
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     x = ids(config, 3, 20)
     with torch.no_grad():
-        ours = model(x)[0]
-        torch.testing.assert_close(ours, theirs(x).logits, atol=1e-4, rtol=0)
+        logits = ours(x)[0]
+        torch.testing.assert_close(logits, theirs(x).logits, atol=1e-4, rtol=0)
         theirs.save_pretrained(tmp_path / "theirs")  # as they write it, back to us
-        again = load_model(tmp_path / "theirs")
-        assert again.config.replace(pad_id=None, eos_id=None) == config.replace(pad_id=None, eos_id=None)
-        torch.testing.assert_close(again(x)[0], ours, atol=1e-6, rtol=0)
+        again = model.load_model(tmp_path / "theirs")
+        assert again.config.replace(pad_id=None, eos_id=None) == config
+        torch.testing.assert_close(again(x)[0], logits, atol=1e-6, rtol=0)
+
+
+V2_KEYS = {name: key for name, key in moe.DEEPSEEK_KEYS.items() if name != "router_normalize"}
+DEEPSEEK = {
+    "v2": Family("deepseek_v2", {"router_normalize": False}, V2_KEYS, dense_layers="first"),
+    "v3": Family("deepseek_v3", moe.DEEPSEEK_V3, moe.DEEPSEEK_KEYS, dense_layers="first"),
+}
 
 
 @pytest.mark.parametrize("version", ["v2", "v2 greedy", "v3"])
 def test_deepseek_layers_equal_transformers(version):
-    pytest.importorskip("transformers")
-    common = dict(hidden_size=32, moe_intermediate_size=16, n_routed_experts=8, num_experts_per_tok=3, n_shared_experts=2,
-                  n_group=4, topk_group=2, routed_scaling_factor=1.5, first_k_dense_replace=1, num_hidden_layers=2)  # fmt: skip
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 3,
+             "n_shared_experts": 2, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5,
+             "first_k_dense_replace": 1, "num_hidden_layers": 2}
     if version == "v3":
-        from transformers import DeepseekV3Config as HFConfig
         from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE as Layer
+
+        theirs = transformers.DeepseekV3Config(**sizes)
     else:
-        from transformers import DeepseekV2Config as HFConfig
         from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe as Layer
 
-        common["topk_method"] = "greedy" if "greedy" in version else "group_limited_greedy"
-    theirs = HFConfig(**common)
+        method = "greedy" if version == "v2 greedy" else "group_limited_greedy"
+        sizes |= {"n_group": 1, "topk_group": 1} if version == "v2 greedy" else {}
+        theirs = transformers.DeepseekV2Config(**sizes, topk_method=method)
     theirs._experts_implementation = "eager"
-    m = moe_from_hf(theirs.to_dict(), 2)
-    assert m.dense == (0,) and m.n_shared == 2 and m.n_expert == 8
-    config = SMALL.replace(moe=m)
-    block = net(config).layers["1"]
-    layer, state = Layer(theirs), dict(block.mlp.state_dict())
-    stack = {"gate_up_proj": torch.stack([torch.cat([state[f"experts.{e}.{p}_proj.weight"] for p in ("gate", "up")]) for e in range(8)]),
-             "down_proj": torch.stack([state[f"experts.{e}.down_proj.weight"] for e in range(8)])}  # fmt: skip
-    own = {k: v for k, v in state.items() if not k.startswith("experts.")}
-    layer.load_state_dict(own | {f"experts.{k}": v for k, v in stack.items()})
+    family = DEEPSEEK[version[:2]]
+    fields = family.fixed | moe.experts_from_hf(theirs.to_dict(), family, 2)
+    assert fields["dense_layers"] == (0,) and fields["n_expert_shared"] == 2 and fields["n_expert"] == 8
+    mine = net(SMALL.replace(**fields)).layers["1"].mlp
+    layer = Layer(theirs)
+    state = dict(mine.state_dict())
+    gate, up, down = ([state.pop(f"experts.{e}.{name}_proj.weight") for e in range(8)]
+                      for name in ("gate", "up", "down"))
+    state["experts.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)])
+    state["experts.down_proj"] = torch.stack(down)
+    layer.load_state_dict(state)
     x = torch.randn(2, 9, 32)
     with torch.no_grad():
-        torch.testing.assert_close(block.mlp.eval()(x)[0], layer.eval()(x), atol=1e-5, rtol=0)
+        torch.testing.assert_close(mine.eval()(x)[0], layer.eval()(x), atol=1e-5, rtol=0)
 
 
-def test_what_no_stock_class_can_say_is_octavos_own():
-    for m in (KINDS["shared"], KINDS["groups"], MoEConfig(4, 2, 16, bias=True)):
-        config = SMALL.replace(moe=m)
-        hf = json.loads(json.dumps(config.to_hf()))
-        assert hf["model_type"] == "octavo" and hf["architectures"] == ["OctavoForCausalLM"]
-        assert Config.from_hf(hf) == config
+OWN = {"shared": KINDS["shared"], "groups": KINDS["groups"], "bias on softmax": mixture(router_bias=True),
+       "no shared experts": KINDS["sigmoid"], "a dense layer in the middle": DOTS.replace(dense_layers=(1,))}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_experts_that_no_stock_class_has_are_octavos_own(name):
+    config = OWN[name].replace(dropout=0.1, capacity=1.5)
+    hf = json.loads(json.dumps(model.config_to_hf(config)))
+    assert hf["model_type"] == "octavo" and hf["architectures"] == ["OctavoForCausalLM"]
+    assert model.config_from_hf(hf) == config.replace(dropout=0.0, capacity=None)
+
+
+def test_a_folder_of_an_earlier_version_opens():
+    config = KINDS["sigmoid groups"].replace(dense_layers=(1,), router_scale=1.5)
+    hf = json.loads(json.dumps(model.config_to_hf(config.replace(n_expert=0))))  # (then without its experts)
+    hf["model_type"] = "octavo"
+    hf["moe"] = {"n_expert": 8, "n_active": 3, "ffn_dim": 16, "n_shared": 1, "dense": [1], "score": "sigmoid",
+                 "normalize": True, "scale": 1.5, "bias": True, "n_group": 2, "topk_group": 1}
+    assert model.config_from_hf(hf) == config
+
+
+def test_either_spelling_of_the_number_of_experts_is_read_and_none_is_refused():
+    _, config = STOCK["qwen3"]
+    hf = model.config_to_hf(config)
+    count = hf.pop("num_experts")
+    assert model.config_from_hf(hf | {"num_local_experts": count}) == config
+    with pytest.raises(UserError, match="does not say num_experts"):
+        model.config_from_hf(hf)
 
 
 def test_deepseek_attention_is_refused_by_name():
+    hf = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "vocab_size": 64}
+    hf |= {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64}
     with pytest.raises(UserError, match="DeepseekV3ForCausalLM cannot be opened yet"):
-        Config.from_hf({"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"})
+        model.config_from_hf(hf)
+
+
+# --- Routing ---
 
 
 def test_softmax_before_normalized_is_softmax_over_the_chosen():
     logits = torch.randn(50, 8)
-    _, chosen, weights = moe.route(logits, MoEConfig(8, 2, 8))
+    _, chosen, weights = moe.route(logits, mixture(8))
     torch.testing.assert_close(weights, logits.gather(1, chosen).softmax(-1))
-    _, _, before = moe.route(logits, MoEConfig(8, 2, 8, normalize=False))
+    _, _, before = moe.route(logits, mixture(8, router_normalize=False))
     assert (before.sum(-1) < 1).all()
 
 
 def test_the_bias_moves_the_choice_and_not_the_weight():
-    m, logits = MoEConfig(4, 1, 8, score="sigmoid", bias=True, normalize=False), torch.zeros(5, 4)
-    scores, chosen, weights = moe.route(logits, m, torch.tensor([0.0, 0.0, 3.0, 0.0]))
+    config = mixture(4, 1, **SIGMOID, router_normalize=False)
+    scores, chosen, weights = moe.route(torch.zeros(5, 4), config, torch.tensor([0.0, 0.0, 3.0, 0.0]))
     assert (chosen == 2).all() and (weights == 0.5).all() and (scores == 0.5).all()
 
 
-# --- dispatch ---
+REFUSED = [
+    ({"n_expert_active": 9}, "cannot go to 9"),
+    ({"n_group": 3}, "do not go into 3 groups"),
+    ({"n_group": 4, "topk_group": 1, "n_expert_active": 3}, "2 are open"),
+    ({"dense_layers": (0, 1)}, "no layer to the experts"),
+    ({"router": "tanh"}, "not by 'tanh'"),
+    ({"balance": "luck"}, "not 'luck'"),
+    ({"balance": "bias"}, "use balance=loss"),
+    ({"capacity": 0.0}, "above zero"),
+]
 
 
-def layer_of(m, seed=0):
-    return net(SMALL.replace(moe=m, n_layer=1), seed).layers["0"].mlp
+@pytest.mark.parametrize("fields, words", REFUSED)
+def test_experts_that_cannot_be_are_a_sentence(fields, words):
+    with pytest.raises(UserError, match=words):
+        Transformer(mixture(8).replace(**fields))
+
+
+# --- The fast form and the plain one ---
 
 
 @pytest.mark.parametrize("fill", ["as routed", "one gets none", "one gets all", "dropped", "all dropped"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", ["runs", "grouped"])
-def test_dispatch_equals_the_loop(kind, fill, way, monkeypatch, request):
-    m = KINDS[kind]
-    layer, x = layer_of(m), torch.randn(24, 32, requires_grad=True)
-    monkeypatch.setattr(moe, "grouped", lambda x: way == "grouped")  # what CUDA does; this product runs on CPU too
+def test_dispatch_equals_the_loop(kind, fill):
+    config = KINDS[kind]
+    layer = layer_of(config)
+    x = torch.randn(24, 32)
     _, _, chosen, weights = layer.gate(x)
     if fill == "one gets none":
-        chosen = chosen.where(chosen != 0, m.n_expert - 1)
+        chosen = chosen.where(chosen != 0, config.n_expert - 1)
     if fill == "one gets all":
         chosen = torch.zeros_like(chosen)
     if "dropped" in fill:
-        chosen = chosen.masked_fill(torch.rand(chosen.shape) < (0.3 if fill == "dropped" else 2), m.n_expert)
-    params = [x, *layer.parameters()]
+        late = torch.rand(chosen.shape) < (0.3 if fill == "dropped" else 2)
+        chosen = chosen.masked_fill(late, config.n_expert)
+    layer.double()
+    x = x.detach().double().requires_grad_()
+    weights = weights.detach().double().requires_grad_()
+    params = [x, weights, *layer.experts.parameters()]
     results = []
-    # torch.empty is filled with NaN then: the grouped product leaves the rows of dropped choices as it found them
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
-    torch.use_deterministic_algorithms(True)
-    for f in (moe.loop, moe.dispatch):
-        y = f(layer.experts, x, chosen, weights)
-        grads = torch.autograd.grad((y * torch.arange(32.0)).sum(), params, allow_unused=True, retain_graph=True)
-        results.append((y, [g if g is not None else torch.zeros_like(p) for g, p in zip(grads, params, strict=True)]))
-    for a, b in zip([results[0][0], *results[0][1]], [results[1][0], *results[1][1]], strict=True):
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+    for form in (moe.loop, moe.dispatch):
+        y = form(layer.experts, x, chosen, weights)
+        loss = (y * torch.arange(32.0)).sum()
+        results.append((y, *torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)))
+    for plain, fast in zip(*results, strict=True):
+        torch.testing.assert_close(plain, fast, atol=1e-10, rtol=1e-10)
 
 
 def test_every_expert_has_a_gradient_also_without_tokens():
-    layer = layer_of(MoEConfig(8, 1, 16)).train()
+    layer = layer_of(mixture(8, 1)).train()
     layer(torch.randn(1, 3, 32))[0].sum().backward()
     assert all(p.grad is not None for p in layer.experts.parameters())
     assert sum(bool(e.up_proj.weight.grad.any()) for e in layer.experts.values()) <= 3
 
 
-def test_capacity_drops_the_late_ones_within_a_sequence():
-    chosen = torch.tensor([[[0], [0], [0], [1]], [[1], [1], [0], [1]]])
-    fits = moe.within_capacity(chosen, 2, 1.0)  # room for 1.0 * 1 * 4 / 2 = 2 tokens
-    assert fits[..., 0].tolist() == [[True, True, False, True], [True, True, True, False]]
-    assert moe.within_capacity(chosen, 2, 2.0).all()
+def test_decoding_computes_the_active_experts_only():
+    config = mixture(8, 2, n_expert_shared=1)
+    made = net(config).eval()
+    called = []
+    for block in made.layers.values():
+        for expert in block.mlp.experts.values():
+            expert.register_forward_hook(lambda *_: called.append(1))
+    with torch.inference_mode():
+        made(ids(config, 1, 1))
+        assert len(called) == 2 * 2  # two layers
+        made(ids(config, 4, 16))
+    assert len(called) > 8  # many tokens, more experts
 
 
 def test_capacity_acts_in_training_only_and_is_causal():
-    layer = layer_of(MoEConfig(4, 2, 16))
+    config = mixture()
+    free = layer_of(config)
+    tight = layer_of(config.replace(capacity=0.5))
     x = torch.randn(2, 16, 32)
-    free = layer.train()(x)
-    layer.capacity = 0.5
-    tight = layer(x)
-    assert free[1][AUX.index("dropped")] == 0 and tight[1][AUX.index("dropped")] >= 0.5
-    assert not torch.equal(free[0], tight[0])
-    assert torch.equal(layer.eval()(x)[0], layer_eval(layer, x))
-    layer.train()
+    y, row = free.train()(x)
+    z, tight_row = tight.train()(x)
+    dropped = AUX.index("dropped")
+    assert row[dropped] == 0 and tight_row[dropped] >= 0.5 and not torch.equal(y, z)
+    assert torch.equal(tight.eval()(x)[0], free.eval()(x)[0])
     changed = x.clone()
     changed[:, 8:] = torch.randn(2, 8, 32)
-    torch.testing.assert_close(layer(changed)[0][:, :8], tight[0][:, :8])  # later tokens take nobody's place
+    torch.testing.assert_close(tight.train()(changed)[0][:, :8], z[:, :8])  # later tokens take nobody's place
 
 
-def layer_eval(layer, x):
-    held, layer.capacity = layer.capacity, None
-    y = layer(x)[0]
-    layer.capacity = held
-    return y
-
-
-# --- balance ---
+# --- Balance ---
 
 
 def test_balance_loss_equals_transformers_on_one_sequence():
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
     logits = torch.randn(1, 40, 6)
-    scores, chosen, _ = moe.route(logits[0], MoEConfig(6, 2, 8))
-    ours = moe.balance_loss(scores[None], moe.loads(chosen[None], 6))
-    theirs = mixtral.load_balancing_loss_func((logits[0],), 6, 2)
-    torch.testing.assert_close(ours, theirs)
+    scores, chosen, _ = moe.route(logits[0], mixture(6))
+    ours = moe.balance_loss(scores[None], moe.expert_load(chosen[None], 6))
+    torch.testing.assert_close(ours, mixtral.load_balancing_loss_func((logits[0],), 6, 2))
     even = torch.full((1, 40, 6), 1 / 6)
     assert moe.balance_loss(even, torch.full((1, 6), 2 / 6)).item() == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize("kind", ["softmax", "before", "sigmoid"])
+@pytest.mark.parametrize("kind", ["softmax", "not normalized", "sigmoid"])
 def test_gradients_of_the_losses_equal_finite_differences(kind):
-    m = KINDS[kind]
     logits = torch.randn(2, 12, 6, dtype=torch.float64, requires_grad=True)
 
     def losses(logits):
-        scores, chosen, _ = moe.route(logits.flatten(0, 1), m, None)
-        load = moe.loads(chosen.view(2, 12, -1), 6).double()
-        return moe.balance_loss(scores.view(2, 12, 6), load), moe.z_loss(logits)
+        scores, chosen, _ = moe.route(logits.flatten(0, 1), KINDS[kind])
+        share = scores / scores.sum(-1, keepdim=True)
+        load = moe.expert_load(chosen.view(2, 12, -1), 6).double()
+        return moe.balance_loss(share.view(2, 12, 6), load), moe.router_z_loss(logits)
 
     assert torch.autograd.gradcheck(losses, logits, eps=1e-6, atol=1e-8)
-    balance, z = losses(logits)
-    assert torch.autograd.grad(balance + z, logits)[0].abs().max() > 0
+    for loss in losses(logits):
+        assert torch.autograd.grad(loss, logits, retain_graph=True)[0].abs().max() > 0
 
 
-def collapsed(m, seed=0):
-    """A layer whose router sends every token to experts 0 and 1, and inputs for it."""
-    layer = layer_of(m, seed).train()
-    direction = torch.nn.functional.normalize(torch.ones(32), dim=0)
-    with torch.no_grad():
-        layer.gate.weight.mul_(0.3)
-        layer.gate.weight[:2] += 0.3 * direction
-    return layer, lambda rng: torch.randn(8, 32, 32, generator=rng) * 0.5 + 3 * direction
+def test_what_a_layer_adds_to_the_loss_follows_from_the_config():
+    x = torch.randn(2, 16, 32)
+    columns = AUX.index("aux_loss"), AUX.index("balance_loss"), AUX.index("z_loss")
+
+    def added(**fields):
+        row = layer_of(mixture(**fields)).train()(x)[1]
+        return row[list(columns)].tolist()
+
+    loss, balance, z = added()
+    assert loss == pytest.approx(0.01 * balance) and balance > 1.9
+    assert added(balance_rate=0.5)[0] == pytest.approx(0.5 * balance)
+    assert added(balance="none")[0] == 0
+    assert added(balance="none", z_loss=0.25)[0] == pytest.approx(0.25 * z)
+    assert added(balance="bias", router_bias=True, balance_rate=0.5)[0] == 0
 
 
 @pytest.mark.parametrize("balance", ["loss", "bias", "none"])
 def test_a_collapsed_router_comes_back(balance):
-    """Trained on a task that any expert can learn, with AdamW on all of it; the figures are in the README."""
+    """Begin where a router sends every token to two of eight experts; any expert can learn the task."""
     torch.manual_seed(0)
-    m = MoEConfig(8, 2, 16, score="sigmoid" if balance == "bias" else "softmax", bias=balance == "bias")
-    layer, draw = collapsed(m)
-    layer.balance = 0.03 if balance == "loss" else 0.0
+    fields = SIGMOID if balance == "bias" else {}
+    rate = {"loss": 0.03, "bias": 0.01, "none": None}[balance]
+    one = net(mixture(8, balance=balance, balance_rate=rate, **fields).replace(n_layer=1))
+    layer = one.layers["0"].mlp.train()
+    direction = torch.nn.functional.normalize(torch.ones(32), dim=0)
+    with torch.no_grad():
+        layer.gate.weight.mul_(0.3)
+        layer.gate.weight[:2] += 0.3 * direction
     target = torch.randn(32, 32, generator=torch.Generator().manual_seed(3)) / 6
-    optimizer, rng = torch.optim.AdamW(layer.parameters(), 1e-3), torch.Generator().manual_seed(4)
+    optimizer = torch.optim.AdamW(layer.parameters(), 1e-3)
+    rng = torch.Generator().manual_seed(4)
     largest = []
     for _ in range(400):
-        x = draw(rng)
+        x = torch.randn(8, 32, 32, generator=rng) * 0.5 + 3 * direction
         y, row = layer(x)
         ((y - x @ target).square().mean() + row[0]).backward()
         optimizer.step()
         optimizer.zero_grad()
-        load = row[5:].detach()
-        if balance == "bias":
-            with torch.no_grad():
-                layer.gate.e_score_correction_bias += 0.01 * torch.sign(load.mean() - load)
+        moe.shift_bias(one, row[None].detach())
+        load = row[len(AUX) :].detach()
         largest.append(float(load.max() / load.mean()))
     print(f"{balance}: largest load {largest[0]:.2f} -> {np.mean(largest[-20:]):.2f} times the mean")
     assert largest[0] > 3.5  # 4 would be all tokens to two of eight
@@ -287,221 +348,236 @@ def test_a_collapsed_router_comes_back(balance):
 
 
 def test_shift_bias_goes_against_the_load():
-    model = net(SMALL.replace(moe=MoEConfig(4, 1, 16, bias=True)))
-    before = [b.clone() for b in model.buffers()]
-    aux = torch.zeros(2, 9)
-    aux[:, 5:] = torch.tensor([0.7, 0.1, 0.1, 0.1])
-    model.shift_bias(aux, 0.5)
-    for a, b in zip(before, model.buffers(), strict=True):
-        torch.testing.assert_close(b - a, torch.tensor([-0.5, 0.5, 0.5, 0.5]))
+    aux = torch.zeros(2, len(AUX) + 4)
+    aux[:, len(AUX) :] = torch.tensor([0.7, 0.1, 0.1, 0.1])
+    for fields, step in (({"balance_rate": 0.5}, 0.5), ({}, 0.001), ({"balance": "loss"}, 0.0)):
+        made = net(mixture(4, 1, router_bias=True, **{"balance": "bias", **fields}))
+        before = [b.clone() for b in made.buffers()]
+        moe.shift_bias(made, aux)
+        for a, b in zip(before, made.buffers(), strict=True):
+            torch.testing.assert_close(b - a, torch.tensor([-step, step, step, step]), atol=1e-7, rtol=0)
 
 
-# --- in the model ---
+# --- In the model ---
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_parameters_in_closed_form(kind):
-    config = SMALL.replace(moe=KINDS[kind])
-    assert config.n_params() == sum(p.numel() for p in Transformer(config).parameters())
-    counted = moe.sizes(config)
-    assert counted == {"parameters": config.n_params(), "active": config.n_params(active=True)}
+def test_active_parameters_are_those_that_a_token_meets(kind):
+    config = KINDS[kind]
+    made = Transformer(config)
+    total, active = model.count_params(config)
+    expert = sum(p.numel() for p in made.layers["0"].mlp.experts["0"].parameters())
+    assert total == sum(p.numel() for p in made.parameters())
+    assert active == total - 2 * (config.n_expert - config.n_expert_active) * expert
 
 
 def test_mixtral_has_47_billion_and_13_active():
-    counted = moe.sizes(PRESETS["mixtral-8x7b"])
-    assert counted == {"parameters": 46_702_792_704, "active": 12_879_925_248}
-    counted = moe.sizes(PRESETS["qwen3-30b-a3b"])
-    assert 30.5e9 < counted["parameters"] < 30.6e9 and 3.3e9 < counted["active"] < 3.4e9
-
-
-def test_decoding_reads_the_active_experts_only():
-    config = SMALL.replace(moe=MoEConfig(8, 2, 16, 1), vocab_size=64)
-    model = net(config)
-    read = moe.bytes_read(model, ids(config, 1, 1))
-    lookup = 0 if config.tie else config.vocab_size * config.n_embd
-    assert read == 4 * (config.n_params(active=True) - lookup)
-    assert moe.bytes_read(model, ids(config, 4, 16)) > read  # many tokens, more experts
+    assert model.count_params(PRESETS["mixtral-8x7b"]) == (46_702_792_704, 12_879_925_248)
+    total, active = model.count_params(PRESETS["qwen3-30b-a3b"])
+    assert 30.5e9 < total < 30.6e9 and 3.3e9 < active < 3.4e9
 
 
 def test_recomputation_and_accumulation_leave_the_gradient():
-    config = SMALL.replace(moe=MoEConfig(6, 2, 16, 1))
+    config = mixture(6, n_expert_shared=1, z_loss=0.001, capacity=1.0, balance_rate=0.1)
     x, y = ids(config, 4, 16), ids(config, 4, 16, 1)
-    o = options(z_loss=0.001, capacity=1.0, balance_rate=0.1)
 
     def gradients(parts, recompute):
-        model = net(config).train()
-        model.set_balance(o)
-        model.recompute = recompute
+        made = net(config).train()
+        made.recompute = recompute
         for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
-            losses, aux = model(xs, ys)
+            losses, aux = made(xs, ys)
             (losses.sum() / y.numel() + aux[:, 0].sum() / parts).backward()
-        return {n: p.grad for n, p in model.named_parameters()}
+        return {name: p.grad for name, p in made.named_parameters()}
 
-    whole = gradients(1, "none")
+    whole = gradients(1, False)
     assert whole["layers.0.mlp.gate.weight"].abs().max() > 0
-    for parts, recompute in ((4, "none"), (1, "block"), (2, "selective")):
+    for parts, recompute in ((4, False), (1, True), (2, True)):
         other = gradients(parts, recompute)
         for name, grad in whole.items():
             torch.testing.assert_close(other[name], grad, atol=1e-6, rtol=1e-4)
 
 
-def test_the_cache_changes_nothing_and_sampling_works():
-    model = net(QWEN).eval()
-    x = ids(QWEN, 1, 8)
-    new = generate(model, x.tolist(), 6)[0]
+def test_the_cache_changes_nothing():
+    config = mixture()
+    made = net(config).eval()
+    x = ids(config, 1, 8)
+    new = model.generate(made, x.tolist(), 6)[0]
     for i, token in enumerate(new):
-        assert model(torch.cat((x, torch.tensor([new[:i]], dtype=torch.long)), 1))[0][0, -1].argmax() == token
-
-
-def test_muon_takes_each_experts_matrices():
-    model = net(QWEN)
-    optimizer = build_optimizer(model, "muon")
-    muon = {optimizer.names[p] for g in optimizer.parts[0].param_groups for p in g["params"]}
-    assert "layers.0.mlp.experts.3.up_proj.weight" in muon and "layers.0.mlp.gate.weight" in muon
+        assert made(torch.cat((x, torch.tensor([new[:i]], dtype=torch.long)), 1))[0][0, -1].argmax() == token
 
 
 def test_the_record_says_what_the_router_did():
-    config = SMALL.replace(moe=MoEConfig(4, 2, 16, dense=(0,)))
-    model = net(config).train()
-    model.set_balance(options())
-    record = routing_record(model(ids(config))[1].detach(), config)
+    config = mixture(dense_layers=(0,))
+    record = moe.routing_record(net(config).train()(ids(config))[1].detach(), config)
     assert len(record["load"]) == 1 and sum(record["load"][0]) == pytest.approx(2, abs=1e-3)
     assert record["load_max"] == pytest.approx(max(record["load"][0]) / 0.5, abs=1e-2)
     assert 0 < record["router_entropy"] <= 1 and record["dropped"] == 0
     assert record["aux_loss"] == pytest.approx(0.01 * record["balance_loss"], rel=1e-4)
-    assert routing_record(torch.zeros(2, 1), SMALL) == {}
-
-
-@pytest.mark.parametrize(
-    "kwargs, words",
-    [({"n_active": 9}, "cannot go to 9"), ({"n_group": 3}, "do not go into 3 groups"), ({"score": "tanh"}, "not by 'tanh'")],
-)
-def test_a_config_that_cannot_be_is_a_sentence(kwargs, words):
-    with pytest.raises(UserError, match=words):
-        MoEConfig(**{"n_expert": 8, **kwargs})
-
-
-# --- upcycling, studies, commands ---
+    bars = moe.load_bars([[0.5, 0.5, 1.0, 0.0]]).splitlines()[1]
+    assert "│▄▄█ │ 2.00" in bars
 
 
 def test_an_upcycled_model_computes_what_the_dense_one_does():
     for config in (SMALL, SMALL.replace(qk_norm=False, tie=False), SMALL.replace(qkv_bias=True)):
         dense = net(config).eval()
         for n, k in ((4, 2), (3, 1), (2, 2)):
-            model = moe.upcycled(dense, n, k)
+            made = moe.upcycled(dense, n, k)
             x = ids(config, 2, 12)
-            torch.testing.assert_close(model(x)[0], dense(x)[0], atol=1e-5, rtol=0)
-            assert all(layer.mlp.gate.weight.abs().sum() > 0 for layer in model.layers.values())
+            torch.testing.assert_close(made(x)[0], dense(x)[0], atol=1e-5, rtol=0)
+            assert all(block.mlp.gate.weight.abs().sum() > 0 for block in made.layers.values())
+
+
+# --- Studies ---
 
 
 def test_classes_of_tokens():
     text = 'def f(x):\n    # no\n    return f"é{x}" + 12\n'
     whole = [bytes([b]) for b in text.encode()]
-    classes = moe.token_classes(whole)
-    named = ["".join(chr(b[0]) for b, c in zip(whole, classes, strict=True) if moe.CLASSES[c] == kind) for kind in moe.CLASSES]
-    got = dict(zip(moe.CLASSES, named, strict=True))
+    got = dict.fromkeys(moe.CLASSES, "")
+    for byte, c in zip(whole, moe.token_classes(whole), strict=True):
+        got[moe.CLASSES[c]] += chr(byte[0])
     assert got["keyword"] == "defreturn" and got["number"] == "12" and got["comment"] == "#no"
-    assert got["name"].startswith("fx") and "+" in got["operator"] and "é".encode().decode("latin-1") in got["string"]
-    pieces = [b"if", b" x", b":\n", b"  ", b"y\n"]  # a token is of the class of its first byte that is no blank
-    assert [moe.CLASSES[c] for c in moe.token_classes(pieces)] == ["keyword", "name", "operator", "indentation", "name"]
+    assert got["name"].startswith("fx") and "+" in got["operator"]
+    assert "é".encode().decode("latin-1") in got["string"]
+    pieces = [b"if", b" x", b":\n", b"  ", b"y\n"]  # a token has the class of its first byte that is no blank
+    names = [moe.CLASSES[c] for c in moe.token_classes(pieces)]
+    assert names == ["keyword", "name", "operator", "indentation", "name"]
     assert moe.token_classes([b"def (("]) is None and moe.token_classes([b"\xff\xfe"]) is None
+
+
+def test_a_form_feed_is_no_new_line():
+    """Python's sources have them: str.splitlines breaks there, Python's lexer does not."""
+    pieces = [b"x", b" =", b" 1", b"\n", b"\x0c", b"\n", b"# a", b"\n", b"y", b" =", b" 2", b"\n"]
+    names = [moe.CLASSES[c] for c in moe.token_classes(pieces)]
+    assert [n for n in names if n != "indentation"] == [
+        "name", "operator", "number", "comment", "name", "operator", "number"]
 
 
 def test_what_experts_learned_is_told_from_chance():
     rng = np.random.default_rng(0)
     classes = rng.integers(len(moe.CLASSES), size=4000)
-    sorted_out = np.stack([classes % 4, (classes % 4 + 1) % 4], 1)  # an expert for each class
+    by_class = np.stack([classes % 4, (classes % 4 + 1) % 4], 1)  # the class says which two
     anyhow = np.stack([rng.permutation(4)[:2] for _ in classes])
-    table, bits = moe.specialization(sorted_out, classes, 4)
-    assert bits > 0.8 and table[0, 0] == pytest.approx(0.5)
+    table, bits = moe.specialization(by_class, classes, 4)
+    assert bits > 0.8 and table[0, 0] == pytest.approx(0.5) and table[0, 2] == 0
     assert moe.specialization(anyhow, classes, 4)[1] < 0.01
-    together = moe.pairs(sorted_out, 4)
-    assert together[0, 1] > 1.2 and together[0, 2] == 0
-    assert moe.pairs(anyhow, 4)[0, 1] == pytest.approx(1, abs=0.1)
 
 
-TRAIN = ("--preset", "nano", "--n-layer", "2", "--n-embd", "32", "--n-head", "2", "--seq-len", "32", "--tokens-per-step", "256",
-         "--warmup-steps", "2", "--eval-tokens", "512", "--eval-interval", "100", "--dtype", "fp32")  # fmt: skip
+def test_a_planted_specialist_is_found(modules):
+    """Let the router read a token's embedding, and give names to expert 0 and the rest to expert 1."""
+    tokens = model.Tokens(modules, "val")
+    tokenizer = model.load_tokenizer(modules)
+    config = mixture(2, 1, vocab_size=448, n_layer=1, seq_len=512)
+    made = net(config).eval()
+    text = [tokenizer.token_bytes[i] for i in tokens.read(0, 400).tolist()]
+    words = {piece for piece in text if piece.strip().isalpha()}
+    with torch.no_grad():
+        made.layers["0"].self_attn.o_proj.weight.zero_()
+        made.layers["0"].mlp.gate.weight.zero_()
+        made.layers["0"].mlp.gate.weight[0, 0] = 1.0
+        made.embed_tokens.weight[:, 0] = -1.0
+        for i, piece in enumerate(tokenizer.token_bytes):
+            if piece in words:
+                made.embed_tokens.weight[i, 0] = 1.0
+    layer = moe.study_of(made, tokens, 2000, 500)["layers"][0]
+    share = dict(zip(moe.CLASSES, layer["by_class"][:, 0], strict=True))
+    assert share["keyword"] > 0.5 and share["operator"] < 0.1 and share["indentation"] < 0.1
+    assert layer["bits"] > 10 * layer["bits_by_chance"]
+    with torch.no_grad():  # what an expert without tokens adds to the loss is nothing
+        made.layers["0"].mlp.gate.weight[0, 0] = 0.0
+        made.embed_tokens.weight[:, 0] = 1.0
+        made.layers["0"].mlp.gate.weight[1, 0] = 5.0
+    off = moe.study_of(made, tokens, 500, 500)["layers"][0]["switched_off"]
+    assert off[0] == 0 and off[1] != 0
+    assert made.layers["0"].mlp.gate.e_score_correction_bias is None  # as it was
+
+
+# --- The commands ---
+
+TINY = {"preset": "nano", "n_layer": 2, "n_embd": 32, "seq_len": 32, "tokens_per_step": 256, "max_steps": 6,
+        "warmup_steps": 2, "eval_tokens": 512, "eval_interval": 100, "dtype": "fp32"}
+
+
+def run(data, out, sets=(), **changes):
+    """Train in this process."""
+    sets = list(sets) if "init" in changes else ["n_head=2", *sets]
+    return train.train(train.Options(**TINY | {"data": [str(data)], "out": str(out), "set": sets} | changes))
 
 
 @pytest.fixture(scope="module")
 def trained(modules, tmp_path_factory):
     out = tmp_path_factory.mktemp("moe") / "run"
-    done = command("train.py", "--data", modules, "--out", out, *TRAIN, "--max-steps", "6", "--n-expert", "4",
-                   "--n-expert-active", "2", "--z-loss", "0.001", "--capacity", "1.25")  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "how often each expert was chosen" in done.stderr
+    run(modules, out, ["n_expert=4", "n_expert_active=2", "z_loss=0.001", "capacity=1.25"])
     return out
 
 
-def test_train_sample_and_the_log(trained):
-    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    step = next(r for r in records if "load" in r)
+@pytest.fixture(scope="module")
+def dense(modules, tmp_path_factory):
+    out = tmp_path_factory.mktemp("moe") / "dense"
+    run(modules, out, max_steps=3)
+    return out
+
+
+def test_a_run_logs_its_routing(trained):
+    step = next(r for r in records(trained) if "load" in r)
     assert {"aux_loss", "balance_loss", "z_loss", "dropped", "router_entropy", "load_max"} <= step.keys()
     assert np.array(step["load"]).shape == (2, 4) and step["dropped"] > 0
     config = json.loads((trained / "config.json").read_text())
-    assert (config["architectures"], config["num_experts"], config["moe_intermediate_size"]) == (["Qwen3MoeForCausalLM"], 4, 48)
-    done = command("sample.py", trained, "--prompt", "def", "--max-new-tokens", "5")
-    assert done.returncode == 0 and done.stdout.strip(), done.stderr[-500:]
+    assert config["architectures"] == ["Qwen3MoeForCausalLM"] and config["num_experts"] == 4
+    assert config["moe_intermediate_size"] == config["intermediate_size"] / 2  # a token costs what it did
+    assert len(model.generate(model.load_model(trained), [[1]], 5)[0]) == 5
 
 
 @pytest.mark.parametrize("balance", ["loss", "bias"])
 def test_resume_is_exact_to_the_bit(balance, modules, tmp_path):
-    args = (*TRAIN, "--data", modules, "--n-expert", "4", "--balance", balance, "--router", "sigmoid" if balance == "bias" else "softmax")
-    args = (*args, "--save-interval", "3", "--schedule", "constant")
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    assert command("train.py", *args, "--out", whole, "--max-steps", "6").returncode == 0
-    assert command("train.py", *args, "--out", part, "--max-steps", "3").returncode == 0
-    assert command("train.py", "--resume", part, "--max-steps", "6").returncode == 0
-    a, b = load_model(whole).state_dict(), load_model(part).state_dict()
-    assert all(torch.equal(a[n], b[n]) for n in a)
-    biases = [n for n in a if n.endswith("correction_bias")]
-    assert len(biases) == (2 if balance == "bias" else 0) and all(a[n].abs().max() > 0 for n in biases)
+    sets = ["n_expert=4", f"balance={balance}", f"router={'sigmoid' if balance == 'bias' else 'softmax'}"]
+    steady = {"save_interval": 3, "schedule": "constant"}
+    run(modules, tmp_path / "whole", sets, **steady)
+    run(modules, tmp_path / "part", sets, **steady, max_steps=3)
+    train.train(model.resumed(train.Options, tmp_path / "part", max_steps=6))
+    a, b = (model.load_model(tmp_path / name).state_dict() for name in ("whole", "part"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    biases = [a[name] for name in a if name.endswith("correction_bias")]
+    assert len(biases) == (2 if balance == "bias" else 0) and all(bias.abs().max() > 0 for bias in biases)
 
 
-def test_upcycle_study_size_and_init(trained, modules, tmp_path):
-    dense, mixture = tmp_path / "dense", tmp_path / "mixture"
-    assert command("train.py", "--data", modules, "--out", dense, *TRAIN, "--max-steps", "3").returncode == 0
-    done = command("moe.py", "upcycle", dense, mixture, "--data", modules, "--n-expert", "4")
-    assert done.returncode == 0, done.stderr[-800:]
-    a, b = (float(w) for w in done.stderr.replace(",", " ").split() if w.count(".") == 1 and len(w) == 8 and w[0].isdigit())
-    assert a == pytest.approx(b, abs=2e-6)
-    done = command("train.py", "--data", modules, "--out", tmp_path / "on", "--init", mixture, "--max-steps", "2",
-                   "--tokens-per-step", "256", "--eval-tokens", "512")  # fmt: skip
-    assert done.returncode == 0, done.stderr[-800:]
-    first = json.loads((tmp_path / "on" / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["loss"] == pytest.approx(a, abs=0.5) and len(first["load"][0]) == 4
-    done = command("train.py", "--data", modules, "--out", tmp_path / "no", "--init", mixture, "--n-layer", "3")
-    assert done.returncode == 2 and "--n-layer cannot be chosen" in done.stderr
-    done = command("train.py", "--data", modules, "--out", tmp_path / "no", "--init", mixture, "--balance", "bias")
-    assert done.returncode == 2 and "has none" in done.stderr
-    done = command("moe.py", "study", trained, "--data", modules, "--tokens", "2000", "--off-tokens", "256")
-    assert done.returncode == 0, done.stderr[-800:]
-    result = json.loads((trained / "study.json").read_text())
-    assert len(result["layers"]["0"]["switched_off"]) == 4 and "costliest to switch off" in done.stderr
-    done = command("moe.py", "size", trained)
-    assert done.returncode == 0 and "active for a token" in done.stderr
-    done = command("moe.py", "study", dense, "--data", modules)
-    assert done.returncode == 2 and "dense model" in done.stderr
+def test_options_of_a_mixture_need_experts(modules, tmp_path):
+    with pytest.raises(UserError, match="n_expert"):
+        run(modules, tmp_path / "x", ["capacity=1.5"])
 
 
-def test_race_runs_and_writes_its_figures(modules, tmp_path):
-    done = command("moe.py", "race", "--data", modules, "--out", tmp_path / "race", "--preset", "nano", "--max-steps", "6",
-                   "--seeds", "1", "--sweep", "", "--tokens-per-step", "512", timeout=400)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-800:]
-    runs = json.loads((tmp_path / "race" / "race.json").read_text())
-    assert set(runs) == {"dense", "8 experts", "dense, equal time"}
-    assert all(math.isfinite(r["val_bpb"]) for results in runs.values() for r in results)
-    assert runs["8 experts"][0]["peak_bytes"] > 0
-    done = command("moe.py", "race", "--sweep", "4;8", "--data", modules, "--out", tmp_path / "no")
-    assert done.returncode == 2
+def test_upcycle_and_train_on(dense, modules, tmp_path):
+    mixed = tmp_path / "mixed"
+    losses = call(moe.upcycle, dense, mixed, "--data", modules, "--n-expert", "4")
+    assert losses["dense"] == pytest.approx(losses["mixture"], abs=2e-6)
+    sizes = {"n_layer": None, "n_embd": None, "seq_len": None, "init": str(mixed), "max_steps": 2}
+    run(modules, tmp_path / "on", **sizes)
+    first = records(tmp_path / "on")[0]
+    assert first["loss"] == pytest.approx(losses["dense"], abs=0.5) and len(first["load"][0]) == 4
+    with pytest.raises(UserError, match="cannot be chosen"):
+        run(modules, tmp_path / "no", ["n_head=2"], init=str(mixed))
+    with pytest.raises(UserError, match="has none"):
+        run(modules, tmp_path / "no", ["balance=bias"], **sizes)
+    assert "has experts already" in refusal(moe.upcycle, mixed, tmp_path / "no")
+    assert "--overwrite" in refusal(moe.upcycle, dense, mixed)
+
+
+def test_study_shows_and_writes_what_it_measures(trained, dense, modules, capsys):
+    result = call(moe.study, trained, "--data", modules, "--tokens", "2000", "--off-tokens", "256")
+    shown = capsys.readouterr().err
+    saved = json.loads((trained / "study.json").read_text())
+    assert saved["tokens"] == result["tokens"] >= 100
+    for layer in saved["layers"].values():
+        assert len(layer["switched_off"]) == 4 and sum(layer["load"]) == pytest.approx(1, abs=1e-3)
+    assert "layer 1" in shown and "costliest" in shown and "1 e3" in shown
+    model.load_model(trained)  # the folder is a checkpoint as before
+    call(moe.study, trained, "--data", modules, "--tokens", "500", "--off-tokens", "0")
+    assert "costliest" not in capsys.readouterr().err
+    assert "dense model" in refusal(moe.study, dense, "--data", modules)
+    assert "tokenize.py prepare" in refusal(moe.study, trained, "--data", "nowhere")
 
 
 def test_speed_times_every_form():
     times = moe.speed("nano", tokens=64, n_expert=4, n_expert_active=2, rounds=1, dtype="fp32", device="cpu")
-    assert {"dense, equal FLOPs", "dispatch", "loop"} <= times.keys() and all(t > 0 for t in times.values())
-
-
-def test_options_of_a_mixture_need_experts(modules, tmp_path):
-    done = command("train.py", "--data", modules, "--out", tmp_path / "x", "--capacity", "1.5")
-    assert done.returncode == 2 and "--n-expert" in done.stderr
+    assert {"dense, equal FLOPs", "dispatch", "loop"} <= times.keys()
+    assert all(0 < t < math.inf for t in times.values())
