@@ -829,7 +829,7 @@ def finish_save(folder: str | Path) -> None:
         names = [*map(Path, record["ready"]), *map(Path, record["remove"])]
     except (KeyError, TypeError):
         raise UserError(f"{journal} is damaged: it has to hold two lists of names.") from None
-    outside = [str(name) for name in names if name.is_absolute() or ".." in name.parts]
+    outside = [str(name) for name in names if name.is_absolute() or not name.parts or ".." in name.parts]
     check(not outside, f"{journal} names {', '.join(outside)}, outside of its folder: it is not ours.")
     try:
         for name in record["ready"]:
@@ -884,20 +884,19 @@ def render(tokenizer, messages: list[dict], reply: bool = False) -> tuple[list[i
     The end of the assistant's turn counts as its own: fine-tuning trains it. reply: end with the header of
     the assistant's turn. Content is ordinary text: a user who writes <|im_end|> ends nothing.
     """
-    check(tokenizer.im_start_id is not None and tokenizer.im_end_id is not None,
-          "This tokenizer has no <|im_start|> and <|im_end|>: it was not made for conversations.")
+    start, end = tokenizer.im_start_id, tokenizer.im_end_id
+    check(None not in (start, end), "This tokenizer has no <|im_start|>: it was not made for conversations.")
     newline = tokenizer.encode("\n")
     ids, own = [], []
     for message in messages:
-        header = len(tokenizer.encode(message["role"] + "\n"))
-        text = tokenizer.encode(f"{message['role']}\n{message['content']}")
-        ids += [tokenizer.im_start_id, *text, tokenizer.im_end_id, *newline]
-        own += [False] * (1 + header)
-        own += [message["role"] == "assistant"] * (len(text) - header + 1) + [False] * len(newline)
+        header = 1 + len(tokenizer.encode(message["role"] + "\n"))
+        turn = [start, *tokenizer.encode(f"{message['role']}\n{message['content']}"), end]
+        ids += turn + newline
+        own += [False] * header + [message["role"] == "assistant"] * (len(turn) - header)
+        own += [False] * len(newline)
     if reply:
-        ids += [tokenizer.im_start_id, *tokenizer.encode("assistant\n")]
-        own += [False] * (len(ids) - len(own))
-    return ids, own
+        ids += [start, *tokenizer.encode("assistant\n")]
+    return ids, own + [False] * (len(ids) - len(own))
 
 def load_tokenizer(folder: str | Path):
     """Load a folder's tokenizer, by tokenize.py's path: `import tokenize` gives Python's own module."""
@@ -933,13 +932,12 @@ def save_checkpoint(folder, model, tokenizer: str | Path, *, state=None, weights
         weights.pop("lm_head.weight", None)
     files = checkpoint_files(model.config, tokenizer)
     files["model.safetensors"] = lambda path: save_file(weights, path, {"format": "pt"})
-    stale = ["model.safetensors.index.json", "state/shards"]
-    if state is None:
-        stale += ["state/optimizer.safetensors", "state/state.json"]
-    else:
+    if state is not None:
         files["state/optimizer.safetensors"] = lambda path: save_file(state[0], path)
         files["state/state.json"] = json.dumps(state[1], indent=1) + "\n"
-    save_files(folder, files, stale)
+    stale = {"model.safetensors.index.json", "state/shards",
+             "state/optimizer.safetensors", "state/state.json"}
+    save_files(folder, files, stale - files.keys())
 
 def checkpoint_files(config: Config, tokenizer: str | Path) -> dict[str, str]:
     """Make the texts of a checkpoint folder: all of it but the tensors."""
@@ -1477,8 +1475,8 @@ def command(kind: type, main: Callable) -> Callable:
 def resumed(kind: type, folder: str | Path, **changes):
     """Build the options that go on with the run in `folder`: its own, where `kind` has them, and changes."""
     state = saved_state(folder)
-    check(state.get("command") == kind.command,
-          f"{folder} was made by another command or an earlier version: it cannot be resumed by this one.")
+    same = state.get("command") == kind.command
+    check(same, f"{folder} was made by another command or an earlier version: it cannot be resumed here.")
     names = {f.name for f in dataclasses.fields(kind)}
     saved = {name: value for name, value in state["options"].items() if name in names}
     return kind(**saved | {"out": str(folder)} | changes | {"resume": str(folder)})
@@ -1492,8 +1490,8 @@ def open_run(o: RunOptions) -> dict:
     for name, value in json.loads(json.dumps(dataclasses.asdict(o))).items():
         same = name in o.changeable or state["options"].get(name, value) == value
         check(same, f"--{name.replace('_', '-')} cannot change on --resume: start a run of its own (--out).")
-    check(not state["finished"] or o.max_steps > state["at"],
-          f"{o.resume} is finished: there is nothing to resume (a larger --max-steps trains it further).")
+    left = not state["finished"] or o.max_steps > state["at"]
+    check(left, f"{o.resume} is finished: nothing to resume (a larger --max-steps trains it further).")
     return state
 
 def check_out(out: Path, overwrite: bool) -> None:
@@ -1502,8 +1500,9 @@ def check_out(out: Path, overwrite: bool) -> None:
     if (out / "config.json").exists():
         check(overwrite, f"{out} holds a run already: --resume {out} goes on, --overwrite begins again.")
     else:
-        empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-        check(empty, f"{out} exists and is not a checkpoint folder: choose another --out.")
+        # what a first save that was cut off left behind is in nobody's way
+        free = not out.is_file() and all(p.is_dir() or p.suffix == ".new" for p in out.rglob("*"))
+        check(free, f"{out} exists and is not a checkpoint folder: choose another --out.")
 
 def default_data(folder: str, ranks: Ranks) -> None:
     """Let tokenize.py make the embedded data set where it is asked for and is missing."""
@@ -1741,23 +1740,18 @@ def progress(what: str, total: int, done: int = 0):
 
 def run_app(app: Callable) -> None:
     """Run a typer app: a UserError is one sentence and exit code 2, Ctrl-C is 130, never a traceback."""
-    code = 0
     try:
         app()
     except UserError as error:
-        from rich.markup import escape
-
         traceback.clear_frames(error.__traceback__)  # ends the generators on its way, and their bars
-        say(f"[bold red]error:[/] {escape(str(error))}")
-        code = 2
+        say(f"error: {error}", markup=False, style="red")
+        sys.exit(2)
     except KeyboardInterrupt:
-        code = 130
+        sys.exit(130)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             with contextlib.suppress(RuntimeError):
                 torch.distributed.destroy_process_group()
-    if code:
-        sys.exit(code)
 
 
 # ------------------------------------------------------------------------------------------------------------

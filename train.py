@@ -95,8 +95,7 @@ def noise_scale(norms_small: list[float], norm_big: float) -> float:
     return trace / g2 if g2 > 0 else math.inf
 
 def measure_noise(model: Transformer, micro_batches: list, parts: int = 8) -> float:
-    """Measure the critical batch size in tokens, from the gradients of `parts` pieces of one step's
-    windows."""
+    """Measure the critical batch size in tokens, from the gradients of `parts` pieces of a step's windows."""
     x = torch.cat([b[0] for b in micro_batches])
     y = torch.cat([b[1] for b in micro_batches])
     k = min(parts, len(x))
@@ -123,8 +122,7 @@ def train(o: Options) -> dict:
     default_data(o.data[0], ranks)
     sources, val, weights = open_data(o.data)
     data = fingerprint(sources)
-    same = saved.get("data", data) == data
-    check(same, f"The data or its tokenizer is not what {o.out} was trained on: restore it to resume.")
+    check(saved.get("data", data) == data, f"The data is not what {o.out} was trained on: restore it.")
     causal = o.objective == "clm"
     config = make_config(o, sources[0], bool(saved), causal=causal)
     check(config.causal == causal, f"{o.init} was trained with the other --objective: choose its own.")
@@ -137,8 +135,8 @@ def train(o: Options) -> dict:
     model, optimizer = open_model(o, config, ranks)
     forward = DDP(model) if ranks.world > 1 else model
     corrupt = None if causal else Corrupt(o.seed, load_tokenizer(sources[0].folder))
-    batches = Batches(sources, weights, o, T, ranks.device, ranks.rank, ranks.world, saved.get("taken"),
-                      corrupt)
+    place = (ranks.device, ranks.rank, ranks.world)
+    batches = Batches(sources, weights, o, T, *place, saved.get("taken"), corrupt)
     moe = load_moe() if config.n_expert else None
     stopper = Stopper(o, saved)
 
@@ -170,11 +168,9 @@ def train(o: Options) -> dict:
         grad_norm = clip_gradients(model.parameters(), o.grad_clip, run.scale)
         loss, aux = sum_over_ranks(loss), sum_over_ranks(aux)
         routing = moe.routing_record(aux, config) if moe else {}
-        done = run.update(optimizer, lr, loss=loss, grad_norm=grad_norm, tokens=windows * T, **routing)
-        if done and moe:
+        if run.update(optimizer, lr, loss=loss, grad_norm=grad_norm, tokens=windows * T, **routing) and moe:
             moe.shift_bias(model, aux)
 
-    # 4. Show
     if ranks.rank == 0:
         report(o, run, model, batches, val)
     return run.result
@@ -253,8 +249,7 @@ class Stopper:
         self.state = {"best": saved.get("best"), "waited": saved.get("waited", 0)}
 
     def judge(self, loss: float, save: Callable) -> dict:
-        """Keep count of an evaluation -> {"stop": the reason} if the run has to end; OUT-best gets the best
-        so far."""
+        """Count an evaluation, and keep the best -> {"stop": the reason} if the run has to end."""
         o, best = self.o, self.state["best"]
         better = best is None or loss < best
         self.state |= {"best": loss, "waited": 0} if better else {"waited": self.state["waited"] + 1}
@@ -300,7 +295,7 @@ def evaluate_masked(model, tokens: Tokens, T: int, B: int, limit: int | None, co
 
 def check_lengths(splits: list[Tokens], T: int) -> None:
     for tokens in splits:
-        check(tokens.n > T, f"{tokens.path} has {tokens.n} tokens, no more than the context: lower --seq-len.")
+        check(tokens.n > T, f"{tokens.path} has {tokens.n} tokens, no more than a context: lower --seq-len.")
 
 def describe(o: Options, config: Config, sources: list[Tokens], ranks) -> str:
     """Say what is about to be trained, on what, and as which class it is saved."""
