@@ -1297,9 +1297,8 @@ def write_answers(model, tokenizer, tasks, samples=1, temperature=1.0, seed=0, m
     stop = {tokenizer.im_end_id, tokenizer.eot_id} - {None}
     device = next(model.parameters()).device
     pick = sampler(temperature, tokenizer.n_vocab, seed, device)
-    rows = 64 if device.type == "cpu" else 256  # a cache of more is copied more than it is used on a CPU
     groups = [[] for _ in tasks]
-    for i, ids in enumerate(generate(model, prompts, limits, pick, stop, samples, rows)):
+    for i, ids in enumerate(generate(model, prompts, limits, pick, stop, samples)):
         ended = ids[-1] in stop
         text = tokenizer.decode(ids[:-1] if ended else ids)
         groups[i // samples].append(Answer(tasks[i // samples], prompts[i // samples], ids, text, ended))

@@ -435,7 +435,7 @@ class Transformer(nn.Module):
             elif sees_all and S == T:
                 masks[window] = "causal"
             else:
-                k_pos = positions if cache is None else cache.positions[:, :S]
+                k_pos = positions if cache is None else cache.positions[:, : cache.span]
                 mask = visible(positions, k_pos, doc_ids, doc_ids, trunk_ids, causal=causal, window=window)
                 if positions.dim() == 2:  # a softmax over nothing is NaN: let padding see all
                     mask = mask | (positions < 0).unsqueeze(-1)
@@ -538,7 +538,18 @@ class Cache:
         start = self.n - k.shape[2]
         self.k[layer, :, :, start : self.n] = k
         self.v[layer, :, :, start : self.n] = v
-        return self.k[layer, :, :, : self.n], self.v[layer, :, :, : self.n]
+        return self.k[layer, :, :, : self.span], self.v[layer, :, :, : self.span]
+
+    @property
+    def span(self) -> int:
+        """Count the slots that are read: those in use, or all (a mask hides the rest), which needs no copy."""
+        return self.positions.shape[1] if self.ragged else self.n
+
+    def grow(self, slots: int) -> None:
+        """Make room for more tokens."""
+        self.k = F.pad(self.k, (0, 0, 0, slots))
+        self.v = F.pad(self.v, (0, 0, 0, slots))
+        self.positions = F.pad(self.positions, (0, slots), value=-1)
 
     def rewind(self, n: int) -> None:
         """Forget all but the first n slots (a rejected draft, a turn taken back)."""
@@ -581,8 +592,7 @@ def generate(model, prompts, max_new_tokens, pick=greedy, eos_id=(), samples=1, 
         ids = nn.utils.rnn.pad_sequence([torch.tensor(prompts[i]) for i in some], batch_first=True).to(device)
         lengths = torch.tensor([len(prompts[i]) for i in some], device=device)
         B, T = ids.shape
-        slots = T + max(limits[i] for i in some)
-        cache = Cache(model.config, B, slots, device, model.compute_dtype or weight.dtype)
+        cache = Cache(model.config, B, T, device, model.compute_dtype or weight.dtype)
         logits, _ = model(ids, at=torch.arange(B, device=device) * T + lengths - 1, cache=cache)  # (B, V)
         cache.positions[cache.positions >= lengths[:, None]] = -1
         cache.ragged = True
@@ -591,20 +601,25 @@ def generate(model, prompts, max_new_tokens, pick=greedy, eos_id=(), samples=1, 
         rows_of = torch.arange(B, device=device).repeat_interleave(samples)
         cache.select(rows_of)
         logits, positions = logits[rows_of], lengths[rows_of, None]
+        ended = set()
         # 3. write a token of each text at a time; a text that has ended leaves the batch
-        while alive:
+        while True:
             ids = pick(logits.float())
             for text, token in zip(alive, ids.tolist(), strict=True):
-                out[text].append(token)
-            going = [row for row, text in enumerate(alive)
-                     if len(out[text]) < limits[text // samples] and out[text][-1] not in stop]
-            if len(going) < len(alive):
+                if text not in ended:
+                    out[text].append(token)
+            ended |= {t for t in alive if len(out[t]) >= limits[t // samples] or out[t][-1] in stop}
+            going = [row for row, text in enumerate(alive) if text not in ended]
+            if not going:
+                break
+            if len(going) <= 0.875 * len(alive):  # to move the others costs as much as to go on with a few
                 alive = [alive[r] for r in going]
                 ids, positions = ids[going], positions[going]
                 cache.select(going)
-            if alive:
-                logits = model(ids[:, None], positions=positions, cache=cache, output="last")[0][:, -1]
-                positions = positions + 1
+            if cache.n == cache.span:
+                cache.grow(32)
+            logits = model(ids[:, None], positions=positions, cache=cache, output="last")[0][:, -1]
+            positions = positions + 1
     return out
 
 
@@ -699,6 +714,8 @@ FAMILIES = {  # those with experts stand in moe.py
 def family_of(config: Config) -> tuple[str, Family | None]:
     """Find the stock class that a config exactly is: written as that class and read again it is the same."""
     config = config.replace(**{name: getattr(Config, name) for name in TRAINING})
+    if config.n_expert and not config.dense_layers:
+        config = config.replace(ffn_dim=config.expert_dim)  # no layer has a dense network: its width says nothing
     for name, family in (load_moe().FAMILIES if config.n_expert else FAMILIES).items():
         can_score = family.has_score or config.head == "lm"
         if can_score and config_from_hf(write_as(config, name, family)) == config:

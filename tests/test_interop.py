@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, prepare
-
+import train
+from conftest import prepare
 from model import generate, load_model, load_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is in requirements-dev.txt")
@@ -16,28 +16,30 @@ transformers = pytest.importorskip("transformers", reason="transformers is in re
 def run(tmp_path_factory, text):
     home = tmp_path_factory.mktemp("interop")
     data = prepare(home / "data", text, "--vocab-size", "600", "--val-fraction", "0.2")
-    sizes = ["--n-layer", "2", "--n-embd", "64", "--n-head", "4", "--n-kv-head", "2", "--seq-len", "64",
-             "--tokens-per-step", "1024", "--max-steps", "30", "--warmup-steps", "5"]  # fmt: skip
-    code, _, err = command("train.py", "--data", data, "--out", home / "run", *sizes)
-    assert code == 0, err
+    sizes = {"n_layer": 2, "n_embd": 64, "seq_len": 64, "set": ["n_head=4", "n_kv_head=2"]}
+    steps = {"tokens_per_step": 1024, "max_steps": 30, "warmup_steps": 5, "device": "cpu"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "report", lambda *args: None)
+        train.train(train.Options(data=[str(data)], out=str(home / "run"), **sizes, **steps))
     return home / "run"
 
 
 def test_the_stock_model_gives_the_same_logits_and_text(run, text):
-    theirs, ours, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(run), load_model(run), load_tokenizer(run)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run)
+    ours, tokenizer = load_model(run), load_tokenizer(run)
     assert type(theirs).__name__ == "Qwen3ForCausalLM"
     ids = torch.tensor([tokenizer.encode(text[:2000])[:64], tokenizer.encode(text[5000:7000])[:64]])
     with torch.no_grad():
-        a, b = theirs(ids).logits, ours(ids)[0]
-    assert (a - b).abs().max() <= 1e-4
+        assert (theirs(ids).logits - ours(ids)[0]).abs().max() <= 1e-4
     prompt = tokenizer.encode("def main(")
-    greedy = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=ours.config.eos_id,
-                             pad_token_id=ours.config.pad_id)[0, len(prompt) :].tolist()  # fmt: skip
-    assert greedy == generate(ours, [prompt], 40, eos_id=ours.config.eos_id)[0]
+    special = {"eos_token_id": ours.config.eos_id, "pad_token_id": ours.config.pad_id}
+    got = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, **special)
+    assert got[0, len(prompt) :].tolist() == generate(ours, [prompt], 40, eos_id=ours.config.eos_id)[0]
 
 
 def random_text(rng):
-    """A string of all of Unicode but the surrogates, with a liking for what splits words."""
+    """Draw a string of all of Unicode but the surrogates, with a liking for what splits words."""
+
     def letter():
         kind = rng.random()
         if kind < 0.3:
@@ -51,10 +53,13 @@ def random_text(rng):
 
 
 def test_the_stock_tokenizer_gives_the_same_ids(run, text):
-    theirs, ours, rng = transformers.AutoTokenizer.from_pretrained(run), load_tokenizer(run), random.Random(0)
-    real = [p.read_text(encoding="utf-8") for p in sorted(Path(random.__file__).parent.glob("[a-d]*.py"))[:20]]
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(run), load_tokenizer(run)
+    library = sorted(Path(random.__file__).parent.glob("[a-d]*.py"))[:20]
+    real = [path.read_text(encoding="utf-8") for path in library]
+    rng = random.Random(0)
     for sample in [text, *real, *(random_text(rng) for _ in range(10_000))]:
-        assert theirs(sample, add_special_tokens=False)["input_ids"] == ours.encode(sample), repr(sample)[:200]
+        ids = theirs(sample, add_special_tokens=False)["input_ids"]
+        assert ids == ours.encode(sample), repr(sample)[:200]
     assert theirs.eos_token_id == ours.eot_id and theirs.pad_token_id == ours.pad_id
     assert theirs.decode(ours.encode(text)) == text
 
