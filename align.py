@@ -13,7 +13,7 @@ are the instruction, the function's body is the answer, and `ast` checks it; nob
     python align.py reward                              # out/sft -> out/reward, from the same
     python align.py grpo                                # out/sft -> out/grpo, rewarded by the checks
     python align.py ppo --reward out/reward:0.1 --reward checks
-    python align.py evaluate out/dpo --against out/sft  # --samples 8: pass@k, their vote, best of 8
+    python align.py evaluate out/dpo --against out/sft  # --samples 8: pass@k, their vote; --reward: the best
     python align.py label out/sft                       # which of two answers do you prefer?
 
 A model's text is parsed and compiled, never executed. Left out: images, answers written on other machines.
@@ -63,17 +63,14 @@ import typer
 
 # ---- The idea, I: a conversation as tokens, and whose words are trained ------------------------------------
 
-
 class Example(NamedTuple):
     """Hold a conversation in tokens, as `model.render` gives it; trained: those that the assistant wrote."""
 
     ids: list[int]
     trained: list[bool]
 
-
 def as_example(prompt: list[int], answer: list[int]) -> Example:
     return Example(prompt + answer, [False] * len(prompt) + [True] * len(answer))
-
 
 def pack(lengths: list[int], T: int) -> list[list[int]]:
     """Choose which texts share a row of T tokens: first fit, the longest first.
@@ -91,7 +88,6 @@ def pack(lengths: list[int], T: int) -> list[list[int]]:
         room[row] -= lengths[i]
     return rows
 
-
 def trunk_length(examples: list[Example]) -> int:
     """Count the tokens with which all answers to one prompt begin, up to the first that is trained.
 
@@ -103,15 +99,12 @@ def trunk_length(examples: list[Example]) -> int:
     alike = len(os.path.commonprefix([e.ids for e in examples]))
     return min(alike, *(e.trained.index(True) for e in examples))
 
-
 def tokens_in(examples: list[Example]) -> int:
     """Count the tokens that answers to one prompt take in a batch, where their trunk stands once."""
     return sum(len(e.ids) for e in examples) - (len(examples) - 1) * trunk_length(examples)
 
-
 def trained_tokens(examples: list[Example]) -> int:
     return sum(sum(e.trained[1:]) for e in examples)
-
 
 class Batch(NamedTuple):
     """Hold n examples in rows. A trunk stands there once: each of its examples sees the trunk and itself."""
@@ -130,7 +123,6 @@ class Batch(NamedTuple):
         """Let a model read the rows -> what it gives at the places that are asked for."""
         where = {"positions": self.positions, "doc_ids": self.docs, "trunk_ids": self.trunks}
         return model(self.ids, *targets, **where, **more)[0]
-
 
 def collate(items: list[list[Example]], T: int, device="cpu") -> Batch:
     """Lay the examples of all items, each the answers to one prompt, into rows of up to T tokens."""
@@ -161,27 +153,21 @@ def collate(items: list[list[Example]], T: int, device="cpu") -> Batch:
     columns = torch.tensor(cells).view(len(rows), T, 4).unbind(-1)
     return Batch(*(t.to(device) for t in (*columns, *tensors)))
 
-
 def sum_by_example(values, batch: Batch):
     """Add up the trained tokens' values of each example: (N,) -> (n,)."""
     return torch.zeros(len(batch.last), device=values.device).index_add(0, batch.owner, values)
-
 
 def logps(model, batch: Batch):
     """Compute log p(the assistant's words | the rest) of each example: (n,), float32."""
     return sum_by_example(-batch.read(model, batch.targets, at=batch.at), batch)
 
-
 def scores(model, batch: Batch):
     """Read the score head at the last token of each example: (n,), float32."""
     return batch.read(model, at=batch.last)
 
-
 # ---- The idea, II: losses on preferences -------------------------------------------------------------------
 
 # chosen, rejected (n,): log p(answer) of the policy minus that of the reference.
-
-
 
 def dpo_loss(chosen, rejected, beta: float = 0.1, label_smoothing: float = 0.0):
     """Compute -log sigmoid(beta * margin) (2305.18290, eq. 7): the policy shall prefer the chosen answer by
@@ -195,7 +181,6 @@ def dpo_loss(chosen, rejected, beta: float = 0.1, label_smoothing: float = 0.0):
     h = beta * (chosen - rejected)
     return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
 
-
 def ipo_loss(chosen, rejected, beta: float = 0.1):
     """Compute (margin - 1 / (2 beta))^2 (2310.12036, eq. 17), on means per token: a margin to reach.
 
@@ -204,11 +189,9 @@ def ipo_loss(chosen, rejected, beta: float = 0.1):
     """
     return (chosen - rejected - 1 / (2 * beta)) ** 2
 
-
 def simpo_loss(chosen, rejected, beta: float = 2.0, gamma: float = 1.0):
     """Compute -log sigmoid(beta * margin - gamma) (2405.14734, eq. 6), on means per token, no reference."""
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
-
 
 class Variant(NamedTuple):
     """Say how a preference loss takes log p: summed or a mean per token, beside the reference's or alone."""
@@ -219,14 +202,12 @@ class Variant(NamedTuple):
     beta: float  # by default
     options: tuple[str, ...] = ()
 
-
 VARIANTS = {
     "dpo": Variant(dpo_loss, False, True, 0.1, ("label_smoothing",)),
     "norm": Variant(dpo_loss, True, True, 0.1, ("label_smoothing",)),
     "ipo": Variant(ipo_loss, True, True, 0.1),
     "simpo": Variant(simpo_loss, True, False, 2.0, ("gamma",)),
 }
-
 
 def ranking_loss(ranked):
     """Compute -log sigmoid(better - worse), the mean over all pairs of a ranking (2203.02155, eq. 1).
@@ -238,7 +219,6 @@ def ranking_loss(ranked):
     """
     better, worse = torch.triu_indices(len(ranked), len(ranked), 1)
     return -F.logsigmoid(ranked[better] - ranked[worse]).mean()
-
 
 def calibration_error(margins, bins: int = 10) -> float:
     """Compute the expected calibration error (1706.04599) of p(the chosen answer is better) =
@@ -255,9 +235,7 @@ def calibration_error(margins, bins: int = 10) -> float:
     gaps = torch.zeros(bins).index_add(0, cell, p - right)
     return round(float(gaps.abs().sum()) / len(p), 6)
 
-
 # ---- The idea, III: LoRA -----------------------------------------------------------------------------------
-
 
 class LoRA(Linear):
     """Compute W x + (alpha / r) B A x with W frozen (2106.09685, eq. 3). B is zero at first."""
@@ -279,7 +257,6 @@ class LoRA(Linear):
     def merged(self):
         return self.weight + self.lora_B @ self.lora_A * self.scale
 
-
 def add_lora(model: Transformer, rank: int, alpha: float, seed: int) -> None:
     """Put LoRA on the matrices of attention and dense feed-forward parts; freeze the rest but a score
     head."""
@@ -289,7 +266,6 @@ def add_lora(model: Transformer, rank: int, alpha: float, seed: int) -> None:
         if re.fullmatch(r"layers\.\d+\.(self_attn|mlp)\.\w+_proj", name):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, LoRA(module, rank, alpha, seed_of(seed, name)))
-
 
 @torch.no_grad()
 def merged(model: Transformer) -> dict:
@@ -301,7 +277,6 @@ def merged(model: Transformer) -> dict:
             weights[f"{name}.weight"] = module.merged()
     return weights
 
-
 # ---- The idea, IV: a reward that nobody has to label -------------------------------------------------------
 
 CHECKS = ("parses", "compiles", "defines", "uses", "content", "ends")
@@ -310,7 +285,6 @@ WORK = (ast.Call, ast.BinOp, ast.BoolOp, ast.UnaryOp, ast.Compare, ast.Subscript
 MAX_CHARS = 10_000
 MAX_DEPTH = 20  # of brackets and of indentation: the parser's time grows with both
 
-
 def attempt(work: Callable, *args):
     """Run Python's parser, compiler or `ast.dump` -> the result, or None where it refuses."""
     try:
@@ -318,7 +292,6 @@ def attempt(work: Callable, *args):
             return work(*args)
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
         return None
-
 
 def parse(code: str) -> ast.Module | None:
     """Parse an answer; None where it is no Python, or longer or deeper than anybody writes."""
@@ -331,11 +304,9 @@ def parse(code: str) -> ast.Module | None:
         return None
     return attempt(ast.parse, code)
 
-
 def compiles(tree: ast.Module) -> bool:
-    """Find what the parser lets pass and the compiler does not: a `return` outside, a parameter twice."""
+    """Tell whether the compiler takes what the parser did: no `return` outside, no parameter twice."""
     return attempt(compile, tree, "<answer>", "exec", 0, True) is not None
-
 
 def words(text: str) -> set[str]:
     """
@@ -343,7 +314,6 @@ def words(text: str) -> set[str]:
     ['def', 'file', 'line', 'name', 'read']
     """
     return {w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", text) if len(w) > 2}
-
 
 def does_something(node: ast.FunctionDef, first_line: int) -> bool:
     """Tell whether the statements from this line on do any work.
@@ -362,7 +332,6 @@ def does_something(node: ast.FunctionDef, first_line: int) -> bool:
     done = [s for s in statements if not isinstance(s, (ast.Raise, ast.Assert, ast.Pass))]
     return any(isinstance(n, WORK) for s in done for n in ast.walk(s))
 
-
 def grade(rules: dict, answer: str, ended: bool) -> dict[str, bool]:
     """Check an answer -> {one of CHECKS: did it pass}. It is a good one when it passed all.
 
@@ -371,7 +340,7 @@ def grade(rules: dict, answer: str, ended: bool) -> dict[str, bool]:
 
     parses, compiles   the text with the answer in its place
     defines            it is one function of the name asked for
-    uses               every parameter; a docstring or a name: a word of the code
+    uses               it reads every parameter; of a docstring or a name: it has a word of the code
     content            it does something; mended code is nearly the broken one; it is no copy of the prompt
     ends               the model ended its turn by itself
     """
@@ -402,11 +371,9 @@ def grade(rules: dict, answer: str, ended: bool) -> dict[str, bool]:
         result["content"] = not copied and does_something(node, rules["before"].count("\n") + 1)
     return result
 
-
 # ---- The idea, V: learning from one's own answers ----------------------------------------------------------
 
 # Everything is per token: N tokens of several answers.
-
 
 def gae(rewards: list[float], values: list[float], gamma: float = 1.0, lam: float = 0.95) -> list[float]:
     """Estimate the advantage of each of an answer's tokens (1506.02438, eq. 16), from the end backwards:
@@ -427,7 +394,6 @@ def gae(rewards: list[float], values: list[float], gamma: float = 1.0, lam: floa
         advantages.append(advantage)
     return advantages[::-1]
 
-
 def clipped_loss(log_ratio, advantages, low: float = 0.2, high: float = 0.2):
     """Compute -min(r A, clip(r, 1 - low, 1 + high) A), r = p_new / p_old: (N,) (1707.06347, eq. 7).
 
@@ -440,14 +406,12 @@ def clipped_loss(log_ratio, advantages, low: float = 0.2, high: float = 0.2):
     ratio = log_ratio.exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
-
 def beyond_clip(log_ratio, advantages, low: float, high: float):
     """Mark the tokens that the clip holds back: (N,), 0 or 1."""
     ratio = log_ratio.detach().exp()
     up = (ratio > 1 + high) & (advantages > 0)
     down = (ratio < 1 - low) & (advantages < 0)
     return (up | down).float()
-
 
 def value_loss(values, old, returns, clip: float = 0.2):
     """Compute (V - R)^2 / 2, or the same of a V that moved from its old value by `clip` only, where that is
@@ -458,7 +422,6 @@ def value_loss(values, old, returns, clip: float = 0.2):
     """
     near = old + (values - old).clamp(-clip, clip)
     return torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2
-
 
 def group_advantages(rewards, scale: bool = True):
     """Compare answers' rewards with the others to their prompt: (.., n) (2402.03300, section 4.1.2).
@@ -473,19 +436,16 @@ def group_advantages(rewards, scale: bool = True):
     centred = rewards - rewards.mean(-1, keepdim=True)
     return centred / (rewards.std(-1, keepdim=True) + 1e-4) if scale else centred
 
-
 def kl_estimate(log_ratio):
     """Compute r - 1 - log r from log r, r = p_ref / p: (N,), never negative. Its mean over p's tokens is KL(p
     || p_ref) (Schulman 2020, "Approximating KL divergence", k3); its gradient as a loss is KL(p_ref ||
     p)'s."""
     return log_ratio.exp() - 1 - log_ratio
 
-
 def next_kl_coef(coef: float, kl: float, target: float) -> float:
     """Move the KL coefficient a little up where the answers' KL lies above the target, down where it lies
     below (1909.08593, section 2.2)."""
     return coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
-
 
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Compute the probability that one of k answers is right, drawn from n (2107.03374, eq. 1).
@@ -494,7 +454,6 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     0.5
     """
     return 1 - math.comb(n - right, k) / math.comb(n, k)
-
 
 # ---- Instructions from Python's own functions --------------------------------------------------------------
 
@@ -506,16 +465,14 @@ TASKS = {
     "continue": "Continue this code.",
 }
 
-
 def find_functions(text: str) -> Iterator[tuple[ast.FunctionDef, list[str]]]:
     """Find a module's functions and methods, each with its lines, dedented; none with tabs or on one line."""
-    lines = text.splitlines()
+    lines = re.split(r"\r\n|\r|\n", text)  # not splitlines: a form feed ends no line for ast
     for node in ast.walk(attempt(ast.parse, text) or ast.Module([], [])):
         if isinstance(node, ast.FunctionDef) and node.body[0].lineno > node.lineno:
             own = "\n".join(lines[node.lineno - 1 : node.end_lineno])
             if "\t" not in own:
                 yield node, textwrap.dedent(own).split("\n")
-
 
 def break_code(code: str, rng: random.Random) -> str | None:
     """Make one mistake that keeps code from parsing: a colon, bracket or quote goes, or a line is shifted."""
@@ -527,7 +484,6 @@ def break_code(code: str, rng: random.Random) -> str | None:
         if parse(broken) is None:
             return broken
     return None
-
 
 def make_instructions(node: ast.FunctionDef, lines: list[str], rng: random.Random) -> Iterator[dict]:
     """Make the tasks that a function is good for: {"messages", "task", "check"}, with its author's
@@ -568,7 +524,6 @@ def make_instructions(node: ast.FunctionDef, lines: list[str], rng: random.Rando
         shown = "\n".join(lines[:cut])
         yield record("continue", shown, "\n".join(lines[cut:]).strip("\n"), shown + "\n")
 
-
 def take_apart(folder: str, split: str, seed: int) -> Iterator[dict]:
     """Make the instructions of each function in one split of a data folder, its modules in a random order."""
     tokens = Tokens(folder, split)
@@ -583,7 +538,6 @@ def take_apart(folder: str, split: str, seed: int) -> Iterator[dict]:
             if len(lines) <= 60 and (key := "\n".join(lines)) not in seen:
                 seen.add(key)
                 yield from make_instructions(node, lines, rng)
-
 
 def instructions_of(folder: str, split: str, limit: int, max_tokens: int, seed: int):
     """Make instructions from one split of a data folder, at most `limit` a task, whose answers pass the
@@ -606,12 +560,10 @@ def instructions_of(folder: str, split: str, limit: int, max_tokens: int, seed: 
                 show(len(records))
     return records, dropped
 
-
 # ---- Reading what people have: Alpaca, Dolly, ShareGPT, messages; pairs and rankings -----------------------
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
          "system": "system", "tool": "tool", "function": "tool", "observation": "tool"}
-
 
 def read_lines(path: str | Path, read: Callable) -> Iterator:
     """Read JSON lines -> read(record) of each; a UserError has the number of the line that `read` refuses."""
@@ -630,7 +582,6 @@ def read_lines(path: str | Path, read: Callable) -> Iterator:
     except (OSError, ValueError) as error:  # (a JSONDecodeError, or text that is no UTF-8, is a ValueError)
         raise UserError(f"{path}, line {number}: {error}.") from None
 
-
 def read_turns(value, role: str, name: str) -> list[dict]:
     """Read a text, or messages in OpenAI's form (role, content) or ShareGPT's (from, value)."""
     if isinstance(value, str):
@@ -645,7 +596,6 @@ def read_turns(value, role: str, name: str) -> list[dict]:
         turns.append({"role": ROLES[speaker], "content": text})
     return turns
 
-
 def read_prompt(record: dict) -> list[dict]:
     """Read what is asked, in any of the usual forms: "messages" (OpenAI; with the answers), "conversations"
     (ShareGPT; the same), "prompt", or "instruction" with "input" (Alpaca) or "context" (Dolly) after it."""
@@ -659,13 +609,11 @@ def read_prompt(record: dict) -> list[dict]:
     prompt[0]["content"] += f"\n\n{more}" if more else ""
     return prompt
 
-
 def read_answer(record: dict, *names: str) -> dict:
     name = next((n for n in names if n in record), names[0])
     if name not in record:
         raise ValueError(f"{name!r} is missing")
     return {**read_turns(record[name], "assistant", name)[-1], "role": "assistant"}
-
 
 def read_conversation(record: dict) -> list[dict]:
     """Read question and answers in any of the usual forms, as messages; Dolly calls the answer "response"."""
@@ -673,7 +621,6 @@ def read_conversation(record: dict) -> list[dict]:
     if "messages" in record or "conversations" in record:
         return talk
     return [*talk, read_answer(record, "output", "response", "completion", "chosen")]
-
 
 def read_ranking(record: dict) -> list[list[dict]]:
     """Read {"prompt", "chosen", "rejected"} or {"prompt", "answers": [best, .., worst]} as conversations."""
@@ -686,14 +633,12 @@ def read_ranking(record: dict) -> list[list[dict]]:
         answers = [read_answer({"answers": answer}, "answers") for answer in answers]
     return [[*read_prompt(record), answer] for answer in answers]
 
-
 @dataclass
 class Item:
     """Hold what a step draws: a conversation, or answers to one prompt, and what a loss must know of it."""
 
     examples: list[Example]
     facts: dict[str, torch.Tensor] = field(default_factory=dict)  # a number for each answer or trained token
-
 
 def load_items(paths, tokenizer, T: int, ranked: bool) -> tuple[list[Item], Counter]:
     """Read conversations, or rankings with the best answer first; count what is kept and left out.
@@ -722,9 +667,7 @@ def load_items(paths, tokenizer, T: int, ranked: bool) -> tuple[list[Item], Coun
             items.append(Item(examples))
     return items, +counts
 
-
 RULES = {"task", "before", "after", "shown", "name", "params"}  # of a prompt's "check": see `grade`
-
 
 def read_task(record: dict) -> dict:
     """Read what to ask ("prompt": messages) and, in the default data, how to check the answer ("check")."""
@@ -738,7 +681,6 @@ def read_task(record: dict) -> dict:
         raise ValueError("its 'check' is not of the kind that `python align.py data` writes")
     return {"prompt": prompt, **{name: record.get(name) for name in ("task", "check", "held_out")}}
 
-
 def load_prompts(path: str, limit: int = 0, task: str | None = None) -> list[dict]:
     """Load what to ask, of one task or all; limit: so many, drawn evenly."""
     records = [r for r in read_lines(path, read_task) if task in (None, r["task"])]
@@ -748,9 +690,7 @@ def load_prompts(path: str, limit: int = 0, task: str | None = None) -> list[dic
         records = [records[i] for i in sorted(order[:limit].tolist())]
     return records
 
-
 # ---- Options -----------------------------------------------------------------------------------------------
-
 
 def options(**defaults) -> Callable:
     """Decorate a stage's options: a dataclass that changes these defaults of the one that it extends."""
@@ -763,7 +703,6 @@ def options(**defaults) -> Callable:
         return dataclass(kind)
 
     return make
-
 
 @options(out="out/sft", optimizer="adamw", lr=2e-3, warmup_steps=20, schedule="cosine", weight_decay=0.0,
          eval_interval=100)
@@ -790,27 +729,24 @@ class Stage(RunOptions):
         unknown = self.fields_set.keys() - self.settings
         check(not unknown, f"--set {', '.join(unknown)}: no setting of this stage has that name.")
 
-
 @options()
 class SFTStage(Stage):
-    """Instructions: train on the assistant's words of conversations (SFT)."""
+    """Train on the assistant's words of conversations (SFT)."""
 
     command: ClassVar[str] = "sft"
     epochs: Annotated[float, opt("Run", "How often the data is seen.", above=0)] = 2.0
     max_steps: Annotated[int | None, opt("Run", "Optimizer steps, instead of --epochs.", low=1)] = None
 
-
 @options(model="out/sft", data=("data/pairs.jsonl",), out="out/reward", lr=3e-4)
 class RewardStage(SFTStage):
-    """A reward model: scores for conversations, from pairs (prompt, chosen, rejected) or rankings
+    """Train a reward model: scores for conversations, from pairs (prompt, chosen, rejected) or rankings
     (answers)."""
 
     command: ClassVar[str] = "reward"
 
-
 @options(out="out/dpo")
 class DPOStage(RewardStage):
-    """Preferences without a reward model: DPO, IPO, SimPO and their kin."""
+    """Train on preferences without a reward model: DPO, IPO, SimPO and their kin."""
 
     command: ClassVar[str] = "dpo"
     loss: Annotated[str, opt("Loss", f"One of {', '.join(VARIANTS)}.", one_of=tuple(VARIANTS))] = "dpo"
@@ -825,7 +761,6 @@ class DPOStage(RewardStage):
         smooth = "label_smoothing" in VARIANTS[self.loss].options
         check(self.label_smoothing < 0.5 if smooth else not self.label_smoothing,
               "--label-smoothing has to be below 0.5, and goes with --loss dpo and norm only.")
-
 
 @options(model="out/sft", max_steps=120, lr=3e-4, warmup_steps=5, schedule="wsd", eval_interval=20,
          save_interval=40)
@@ -851,10 +786,9 @@ class PlayStage(Stage):
         check(self.clip < 1, "--clip has to be below 1: it bounds a ratio from both sides.")
         check(min(self.passes, self.minibatches) >= 1, "--set passes and minibatches have to be at least 1.")
 
-
 @options(out="out/grpo")
 class GRPOStage(PlayStage):
-    """Reinforcement without a critic: answers are judged beside others to the same prompt."""
+    """Reinforce without a critic: answers are judged beside others to the same prompt (GRPO)."""
 
     command: ClassVar[str] = "grpo"
     samples: Annotated[int, opt("Answers", "Answers to each prompt: the group.", low=2)] = 8
@@ -864,10 +798,9 @@ class GRPOStage(PlayStage):
                                   "GRPO) or constant (sums: Dr. GRPO).",
                                   one_of=("token", "sequence", "constant"))] = "token"
 
-
 @options(out="out/ppo", max_steps=150, batch_size=64, samples=4, minibatches=4, kl_coef=0.005)
 class PPOStage(PlayStage):
-    """Reinforcement with a critic: each token is judged beside what was expected."""
+    """Reinforce with a critic: each token is judged beside what was expected (PPO)."""
 
     command: ClassVar[str] = "ppo"
     value_coef: Annotated[float, opt("Loss", "Weight of the critic's loss.", low=0)] = 0.1
@@ -883,9 +816,7 @@ class PPOStage(PlayStage):
         check(max(self.gamma, self.lam) <= 1, "--set gamma and lam lie between 0 and 1.")
         check(self.kl_coef or not self.kl_target, "--kl-target needs a --kl-coef above 0: it is multiplied.")
 
-
 # ---- What all stages share ---------------------------------------------------------------------------------
-
 
 class Method:
     """Say what a stage trains and by which loss; another stage is one more of these, and its options."""
@@ -923,7 +854,6 @@ class Method:
 
     def evaluate(self, learner) -> dict:
         return learner.measure(learner.val)
-
 
 class Learner:
     """Hold what any stage trains with: model, optimizer, data, ranks, and the run that it goes on with."""
@@ -1046,7 +976,6 @@ class Learner:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 sum_over_ranks(p.grad)
 
-
 def draw(things: list, count: int, step: int, seed: int) -> list:
     """Draw what a step takes: each thing once an epoch, in an order that seed and epoch alone decide.
 
@@ -1060,7 +989,6 @@ def draw(things: list, count: int, step: int, seed: int) -> list:
     begin -= epochs[0] * n
     return [things[i] for i in order[begin : begin + count]]
 
-
 def gather(thing) -> list:
     """Collect a Python object from each rank, in the order of the ranks."""
     things = [thing] * rank_and_world()[1]
@@ -1068,13 +996,11 @@ def gather(thing) -> list:
         torch.distributed.all_gather_object(things, thing)
     return things
 
-
 def share_over_ranks(work: Callable, things: list) -> list:
     """Let each rank do work(its share of the things) -> all results, in the things' order, on all ranks."""
     rank, world = rank_and_world()
     parts = gather(work(things[rank::world]))
     return [parts[i % world][i // world] for i in range(len(things))]
-
 
 def rebuild(model: Transformer, **fields) -> Transformer:
     """Give the same weights another head or dropout; a new score head is zero."""
@@ -1088,14 +1014,11 @@ def rebuild(model: Transformer, **fields) -> Transformer:
     other.tie_weights()
     return other
 
-
 def fingerprint(model) -> int:
     return seed_of(*(round(p.detach().cpu().double().sum().item(), 6) for p in model.parameters()))
 
-
 def describe(counts: Counter) -> str:
     return ", ".join(f"{n:,} {what}" for what, n in counts.items())
-
 
 def hold_out(items: list, prompt_of: Callable) -> tuple[list, list]:
     """Split items into those to train on and a twentieth to judge by; a prompt stands on one side only."""
@@ -1105,15 +1028,12 @@ def hold_out(items: list, prompt_of: Callable) -> tuple[list, list]:
     val = [item for item, p in zip(items, prompts, strict=True) if p in held]
     return rest or val, val
 
-
 def batch_of(model, items: list[Item]) -> Batch:
     return collate([item.examples for item in items], model.config.seq_len, next(model.parameters()).device)
-
 
 def facts_of(items: list[Item], name: str, device="cpu"):
     """Join what is known of each item's answers or tokens: (n,) or (N,)."""
     return torch.cat([item.facts[name] for item in items]).to(device)
-
 
 def print_mask(o: Stage) -> None:
     """Print the first examples, the trained tokens in colour."""
@@ -1129,9 +1049,7 @@ def print_mask(o: Stage) -> None:
             text.append(part, style="bold green" if trained else "dim")
         console().print(text)
 
-
 # ---- The stages that learn from given answers: SFT, reward model, DPO --------------------------------------
-
 
 class SFT(Method):
     """Train by -log p of the assistant's tokens, the mean over those of the step.
@@ -1145,7 +1063,6 @@ class SFT(Method):
 
     def loss(self, model, items):
         return {"loss": -logps(model, batch_of(model, items))}
-
 
 class RewardModel(Method):
     """Train by Bradley-Terry on the scores of a ranking's answers. accuracy: of its best against its worst.
@@ -1166,7 +1083,6 @@ class RewardModel(Method):
     def evaluate(self, learner):
         margins = learner.score(lambda items: self.loss(learner.model, items)["margin"].cpu(), learner.val)
         return super().evaluate(learner) | {"calibration_error": calibration_error(torch.stack(margins))}
-
 
 class DPO(Method):
     """Train by one of VARIANTS on a ranking's best and worst answer (`preference`), plus nll_weight times
@@ -1220,7 +1136,6 @@ class DPO(Method):
         metrics |= {"accuracy": (margin > 0).float(), "margin": margin}
         return metrics | {"chosen": chosen, "rejected": rejected}
 
-
 def learn(o: SFTStage) -> dict:
     """Run SFT, a reward model or DPO: they differ in the loss of an item and in nothing else."""
     learner = Learner(o)
@@ -1237,11 +1152,9 @@ def learn(o: SFTStage) -> dict:
         run.update(learner.optimizer, lr, **metrics, grad_norm=grad_norm, tokens=tokens)
     return run.result
 
-
 # ---- Answers, and the rewards that they get ----------------------------------------------------------------
 
 JUDGED_AT = 0.7  # temperature of the answers by which a model is judged
-
 
 @dataclass
 class Answer:
@@ -1268,7 +1181,6 @@ class Answer:
     def conversation(self) -> list[dict]:
         return [*self.task["prompt"], {"role": "assistant", "content": self.text}]
 
-
 def sampler(temperature: float, n_vocab: int, seed: int, device) -> Callable:
     """Make a pick for `generate` that draws from softmax(logits / temperature); 0 is greedy."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -1282,7 +1194,6 @@ def sampler(temperature: float, n_vocab: int, seed: int, device) -> Callable:
         return torch.searchsorted(total, u, right=True)[:, 0].clamp_(max=n_vocab - 1)
 
     return pick
-
 
 def write_answers(model, tokenizer, tasks, samples=1, temperature=1.0, seed=0, max_new_tokens=None):
     """Answer each prompt `samples` times -> a list of Answers for each; an answer ends with the turn, with
@@ -1303,7 +1214,6 @@ def write_answers(model, tokenizer, tasks, samples=1, temperature=1.0, seed=0, m
         text = tokenizer.decode(ids[:-1] if ended else ids)
         groups[i // samples].append(Answer(tasks[i // samples], prompts[i // samples], ids, text, ended))
     return groups
-
 
 class Judge:
     """Score conversations with a reward model, as text that it reads with its own tokenizer.
@@ -1333,7 +1243,6 @@ class Judge:
         batches = [items[i : i + 64] for i in range(0, len(items), 64)]
         return [x for some in batches for x in scores(self.model, batch_of(self.model, some)).tolist()]
 
-
 class Reward:
     """Give an answer the weighted sum of
 
@@ -1348,7 +1257,9 @@ class Reward:
         self.unended = unended
         self.judges = []  # and their weights
         for spec in specs:
-            name, weight = re.fullmatch(r"(.+?)(?::(-?\d*\.?\d+(?:e-?\d+)?))?", spec).groups("1")
+            found = re.fullmatch(r"(.+?)(?::(-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?))?", spec)
+            check(found, f"--reward {spec!r}: write NAME or NAME:WEIGHT.")
+            name, weight = found.groups("1")
             judge = name if name == "checks" or name in CHECKS else Judge(name, device)
             self.judges.append((judge, float(weight)))
         self.fingerprint = [judge.fingerprint for judge, _ in self.judges if isinstance(judge, Judge)]
@@ -1368,9 +1279,7 @@ class Reward:
             return [a.grades[judge] for a in answers]
         return [(sum(a.grades.values()) / len(CHECKS) + a.good) / 2 for a in answers]
 
-
 # ---- The stages that learn from their own answers: PPO and GRPO --------------------------------------------
-
 
 class Play(Method):
     """Write answers, have them rewarded, and know of each token what it was worth when the policy wrote it.
@@ -1475,7 +1384,6 @@ class Play(Method):
                    "clip_fraction": beyond_clip(log_ratio, then["advantages"], *bounds)}
         return self.total(metrics, now, then, batch)
 
-
 class GRPO(Play):
     """Give each token of an answer the advantage of the answer in its group: no critic.
 
@@ -1506,7 +1414,6 @@ class GRPO(Play):
         lengths = batch.lengths[batch.owner]  # (N,)
         scale = self.o.max_new_tokens if self.o.normalize == "constant" else lengths
         return {"loss": losses / scale} | {name: values / lengths for name, values in metrics.items()}
-
 
 class PPO(Play):
     """Train policy and critic. A token's reward is -kl_coef log(p / p_ref), and the last one's the answer's
@@ -1579,9 +1486,7 @@ class PPO(Play):
             losses = losses - o.entropy_coef * now["entropy"]
         return {"loss": losses} | metrics
 
-
 METHODS = {"sft": SFT, "reward": RewardModel, "dpo": DPO, "grpo": GRPO, "ppo": PPO}
-
 
 def play(o: PlayStage) -> dict:
     """Run GRPO or PPO: they differ in what they credit a token with, and in what they add to the loss.
@@ -1626,12 +1531,10 @@ def play(o: PlayStage) -> dict:
         run.note(tokens=tokens, rollout_share=played / seconds, generated_per_s=tokens / method.seconds)
     return run.result
 
-
 def is_flat(group: list[Answer]) -> bool:
     """Tell whether all rewards are equal. (A reward model's, of equal answers, differ in the last digits.)"""
     rewards = [a.reward for a in group] or [0.0]
     return max(rewards) - min(rewards) < 1e-4
-
 
 def distance(items: list[Item]) -> dict:
     """Measure how far the policy is from the reference, on the tokens that it wrote."""
@@ -1641,7 +1544,6 @@ def distance(items: list[Item]) -> dict:
     kl = logp - facts_of(items, "reference")
     answers = sum(len(item.examples) for item in items)
     return {"kl": float(kl.mean()), "kl_answer": float(kl.sum()) / answers, "entropy": -float(logp.mean())}
-
 
 def summarize(groups: list[list[Answer]]) -> dict:
     """Average what answers are like; rewards that are no number are left out, and counted."""
@@ -1658,9 +1560,7 @@ def summarize(groups: list[list[Answer]]) -> dict:
     summary |= {"nan_rewards": lost} if lost else {}
     return {name: float(value) for name, value in summary.items()}
 
-
 # ---- How good are a model's answers? -----------------------------------------------------------------------
-
 
 def row(values) -> tuple[float, float, float, int]:
     """Average values -> (mean, its 95 % confidence interval, n).
@@ -1680,7 +1580,6 @@ def row(values) -> tuple[float, float, float, int]:
     half = z * float(np.std(values)) / math.sqrt(max(1, n - 1))
     return mean, mean - half, mean + half, n
 
-
 def answer_all(folder, tasks, temperature, seed, device, max_new_tokens=None, samples=1) -> list:
     """Let the model of a folder answer prompts -> `samples` answers to each."""
     model = load_model(folder, device, pick_dtype("auto", device))
@@ -1695,7 +1594,6 @@ def answer_all(folder, tasks, temperature, seed, device, max_new_tokens=None, sa
             show(len(groups))
     return groups
 
-
 @torch.no_grad()
 def mean_kl(policy, reference, items: list[Item]) -> list[float]:
     """Compute KL(policy || reference) of each item, in nats a token: not sampled."""
@@ -1707,7 +1605,6 @@ def mean_kl(policy, reference, items: list[Item]) -> list[float]:
         result += (kl / batch.lengths.clamp(min=1)).tolist()
     return result
 
-
 def vote(answers: list[Answer]) -> Answer:
     """Choose the answer that most agree with (self-consistency: 2203.11171), the first of them. Two agree as
     syntax trees where they parse, else as texts; no reward is asked."""
@@ -1717,7 +1614,6 @@ def vote(answers: list[Answer]) -> Answer:
         tree = parse(rules["before"] + a.text + rules["after"]) if rules and a.ended else None
         forms.append((tree and attempt(ast.dump, tree)) or a.text.strip())
     return answers[forms.index(Counter(forms).most_common(1)[0][0])]
-
 
 def rates(answers: list[Answer]) -> dict:
     """Measure what the checks say, for each task and over the tasks that were trained."""
@@ -1734,7 +1630,6 @@ def rates(answers: list[Answer]) -> dict:
     texts = [a.text for a in answers]
     rows["distinct"] = row([text not in texts[:i] for i, text in enumerate(texts)])
     return rows | {"length, tokens": row([len(a.ids) for a in answers])}
-
 
 def compare(folder, against, reward, answers: list[Answer], theirs: list[Answer], device) -> dict:
     """Measure how far a model's answers are from another model, and which of the two answers better."""
@@ -1756,7 +1651,6 @@ def compare(folder, against, reward, answers: list[Answer], theirs: list[Answer]
         rows["wins by the reward model"] = wins(*scored)
     return rows
 
-
 def best_of(groups: list[list[Answer]], reward, device) -> dict:
     """Measure what several answers to a prompt are worth: pass@k, their vote, the judge's best."""
     n = len(groups[0])
@@ -1770,7 +1664,6 @@ def best_of(groups: list[list[Answer]], reward, device) -> dict:
         chosen = [group[i].good for group, i in zip(groups, best, strict=True)]
         rows[f"good: best of {n} by the reward model"] = row(chosen)
     return rows
-
 
 def assess(folder, records, against=None, reward=None, temperature=JUDGED_AT, seed=0, text=None, device=None,
            samples=1) -> dict:
@@ -1798,22 +1691,18 @@ def assess(folder, records, against=None, reward=None, temperature=JUDGED_AT, se
         rows["bits per byte of the pretraining text"] = (found["val_bpb"], None, None, found["val_tokens"])
     return rows
 
-
 # ---- The commands ------------------------------------------------------------------------------------------
-
 
 def write_lines(path: Path, records: list[dict], overwrite: bool) -> None:
     check(overwrite or not path.exists(), f"{path} exists already: --overwrite replaces it.")
     save_files(path.parent, {path.name: "".join(json.dumps(record) + "\n" for record in records)})
 
-
-
 def run_stage(o: Stage) -> dict | None:
     """Run a training stage, or only show what it would train."""
     if o.show_mask:
+        check(not isinstance(o, PlayStage), "--show-mask: this stage is given no answers to show.")
         return print_mask(o)
     return play(o) if isinstance(o, PlayStage) else learn(o)
-
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.split("\n\n")[0])
 for kind in (SFTStage, RewardStage, DPOStage, PPOStage, GRPOStage):
@@ -1827,7 +1716,6 @@ Temperature = Annotated[float, typer.Option(help="Of the answers: 1 as the model
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
-
 
 @app.command()
 def data(
@@ -1843,18 +1731,21 @@ def data(
     """Make instructions from Python functions: training ones from the modules that pretraining trained on,
     those to judge by from the modules that it only validated on."""
     check(held_out in TASKS, f"--held-out is one of {', '.join(TASKS)}; not {held_out!r}.")
+    check(min(limit, val_limit) >= 1, "--limit and --val-limit have to be at least 1.")
+    for path in (out / "train.jsonl", out / "val.jsonl"):
+        check(overwrite or not path.exists(), f"{path} exists already: --overwrite replaces it.")
     default_data(source, Ranks())
     for split, most in (("train", limit), ("val", val_limit)):
         records, dropped = instructions_of(source, split, most, max_tokens, seed)
         records = [r | ({"held_out": True} if r["task"] == held_out else {}) for r in records]
         records = [r for r in records if split == "val" or r["task"] != held_out]
         say(f"{split}: {describe(Counter(r['task'] for r in records))}; {describe(dropped)}")
+        check(records, f"The {split} split of {source} has no function to make instructions of.")
         random.Random(seed).shuffle(records)
         write_lines(out / f"{split}.jsonl", records, overwrite)
     say(f"{out} written. One of them:\n")
     for message in records[0]["messages"]:
         say(f"[{message['role']}]\n{message['content']}", markup=False, style="cyan")
-
 
 @app.command()
 def pairs(
@@ -1892,7 +1783,6 @@ def pairs(
     write_lines(out, made, overwrite)
     say(f"{out} written: {len(made):,} pairs.")
 
-
 @app.command()
 def label(
     folder: Folder = "out/sft",
@@ -1905,7 +1795,7 @@ def label(
 ) -> None:
     """Show two answers: 1 or 2 for the better one, s to skip, q to end. What is chosen is written at once;
     prompts that the file has already are not asked again."""
-    done = [r["prompt"] for r in read_lines(out, dict)] if out.exists() else []
+    done = [r.get("prompt") for r in read_lines(out, dict)] if out.exists() else []
     records = [r for r in load_prompts(prompts, limit) if r["prompt"] not in done]
     if not records:
         return say(f"All prompts are labelled in {out}.")
@@ -1923,7 +1813,6 @@ def label(
                 file.flush()
     say(f"{out} holds {sum(1 for _ in read_lines(out, dict))} pairs.")
 
-
 def ask(first: Answer, second: Answer, title: str) -> str:
     """Show two answers side by side and read a key: without Enter on a terminal, else from standard input."""
     from rich.columns import Columns
@@ -1939,7 +1828,6 @@ def ask(first: Answer, second: Answer, title: str) -> str:
         key = typer.getchar() if sys.stdin.isatty() else sys.stdin.read(1) or "q"
         if key.lower() in "12sq":
             return key.lower()
-
 
 @app.command()
 def evaluate(
@@ -1960,6 +1848,7 @@ def evaluate(
     records = load_prompts(prompts, limit, task)
     check(samples >= 1, "--samples has to be at least 1.")
     check(samples == 1 or temperature, "--samples needs a --temperature above 0: greedy answers are all one.")
+    check(text in (None, "data/python") or Path(text).is_dir(), f"There is no data folder {text}.")
     text = text if text and Path(text).exists() else None
     rows = assess(folder, records, against, reward, temperature, seed, text, pick_device(device), samples)
     if as_json:
@@ -1972,7 +1861,6 @@ def evaluate(
     for name, (value, low, high, n) in rows.items():
         table.add_row(name, f"{value:.3f}", "" if low is None else f"{low:.3f} to {high:.3f}", f"{n:,}")
     console().print(table)
-
 
 if __name__ == "__main__":
     run_app(app)

@@ -319,7 +319,8 @@ class Block(nn.Module):
         y = self.mlp(self.post_attention_layernorm(x))
         if self.sparse:
             y, row = y
-            aux = torch.cat((aux[: self.layer], row[None], aux[self.layer + 1 :]))  # never kept in self
+            # a new tensor, nothing written in place: a block that is computed again would write twice
+            aux = torch.cat((aux[: self.layer], row[None], aux[self.layer + 1 :]))
         return x + drop(y, self.dropout, self.training), aux
 
 def drop(x, p: float, training: bool):
@@ -542,7 +543,7 @@ class Cache:
 
     @property
     def span(self) -> int:
-        """Count the slots that are read: those in use, or all (a mask hides the rest), which needs no copy."""
+        """Count the slots that are read: those in use; when ragged all, and the mask hides the empty ones."""
         return self.positions.shape[1] if self.ragged else self.n
 
     def grow(self, slots: int) -> None:
@@ -612,7 +613,7 @@ def generate(model, prompts, max_new_tokens, pick=greedy, eos_id=(), samples=1, 
             going = [row for row, text in enumerate(alive) if text not in ended]
             if not going:
                 break
-            if len(going) <= 0.875 * len(alive):  # to move the others costs as much as to go on with a few
+            if len(going) <= 0.875 * len(alive):  # moving rows costs: let a few ended ones ride along
                 alive = [alive[r] for r in going]
                 ids, positions = ids[going], positions[going]
                 cache.select(going)
@@ -715,7 +716,7 @@ def family_of(config: Config) -> tuple[str, Family | None]:
     """Find the stock class that a config exactly is: written as that class and read again it is the same."""
     config = config.replace(**{name: getattr(Config, name) for name in TRAINING})
     if config.n_expert and not config.dense_layers:
-        config = config.replace(ffn_dim=config.expert_dim)  # no layer has a dense network: its width says nothing
+        config = config.replace(ffn_dim=config.expert_dim)  # no layer is dense: that width says nothing
     for name, family in (load_moe().FAMILIES if config.n_expert else FAMILIES).items():
         can_score = family.has_score or config.head == "lm"
         if can_score and config_from_hf(write_as(config, name, family)) == config:
@@ -1063,7 +1064,7 @@ class Tokens:
         """Read windows position .. position + count of the endless order -> inputs, targets (count, T)."""
         starts, counts = [], []
         for i in range(position, position + count):
-            epoch, i = divmod(i, self.windows(T))
+            epoch, i = divmod(i, self.windows(T))  # which epoch, and which window of it
             offset, order = self.order(epoch, T, seed)
             starts.append(offset + int(order[i]) * T)
             counts.append(min(T, self.n - int(order[i]) * T))  # the last window runs on into the first
@@ -1073,7 +1074,7 @@ class Tokens:
         """Count the windows of an epoch."""
         return -(-self.n // T)
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 (these few live as long as the process)
+    @functools.lru_cache(maxsize=64)  # noqa: B019 (one order a source in use; they live as long as the process)
     def order(self, epoch: int, T: int, seed: int) -> tuple[int, np.ndarray]:
         """Draw an epoch's starting point and the order of its windows."""
         rng = np.random.default_rng([seed, epoch])
@@ -1458,6 +1459,8 @@ class RunOptions:
                 check(enough and math.isfinite(value), f"{flag} is {value}; it has to be {words}.")
             if one_of:
                 check(value in one_of, f"{flag} is one of {', '.join(one_of)}; not {value!r}.")
+        check(self.grad_clip > 0, "--set grad_clip=0 would make every gradient zero; 1e9 never clips.")
+        check(self.min_lr <= 1, f"--set min_lr={self.min_lr}: it is a fraction of --lr, at most 1.")
 
 @dataclass
 class TrainOptions(RunOptions):
@@ -1553,7 +1556,8 @@ def derive(o: TrainOptions, config: Config, world: int, device: torch.device) ->
     """Fill in the options that follow from the rest; world: how many ranks read different tokens."""
     windows = o.tokens_per_step // config.seq_len
     near = config.seq_len * world * max(1, round(windows / world))
-    check(windows and windows % world == 0, f"--tokens-per-step {o.tokens_per_step} does not divide into "
+    whole = o.tokens_per_step % (config.seq_len * world) == 0
+    check(windows and whole, f"--tokens-per-step {o.tokens_per_step} does not divide into "
           f"sequences of {config.seq_len} on {world} process{'es' * (world > 1)}: {near} does.")
     if o.micro_batch is None:  # 8k tokens keep a CPU busy; a GPU takes what its memory allows
         o.micro_batch = max(1, (8192 if device.type == "cpu" else 32768) // config.seq_len)
@@ -1590,7 +1594,7 @@ class Run:
         self.write_checkpoint, self.measure = save, evaluate
         self.at = self.saved_at = saved.get("at", 0)  # steps done
         self.scale = saved.get("scale", 2.0**14 if o.dtype == "fp16" else 1.0)  # of the loss
-        self.good = saved.get("good", 0)  # updates since the scale last changed
+        self.good = saved.get("good", 0)  # updates since one was last skipped
         self.skipped = saved.get("skipped", 0)
         self.bad = 0  # updates skipped one after the other
         self.eval_seconds = 0.0
@@ -1650,7 +1654,10 @@ class Run:
         self.good = self.good + 1 if fine else 0
         self.bad = 0 if fine else self.bad + 1
         if self.o.dtype == "fp16":  # loss scaling (1710.03740)
-            self.scale *= (2 if self.good % 1000 == 999 else 1) if fine else 0.5
+            if not fine:
+                self.scale /= 2
+            elif self.good % 1000 == 999:
+                self.scale *= 2
         if not fine:
             self.skipped += 1
             what = f"The loss or the gradient is not finite, up to step {self.at + 1}"
@@ -1696,7 +1703,7 @@ class Run:
 
     def write(self, record: dict) -> None:
         """Append a line to metrics.jsonl."""
-        record = {name: round(v, 6) if isinstance(v, float) else v for name, v in record.items()}
+        record = {name: float(f"{v:.9g}") if isinstance(v, float) else v for name, v in record.items()}
         self.records.append({"step": self.at, **record})
         try:
             if self.ranks.rank == 0:

@@ -422,7 +422,8 @@ def study_of(model: Transformer, tokens: Tokens, limit: int, off_limit: int) -> 
         shuffled = [specialization(chosen, rng.permutation(classes), E)[1] for _ in range(10)]
         load = np.bincount(chosen.ravel(), minlength=E) / chosen.size
         layer = {"load": load, "by_class": table, "bits": bits, "bits_by_chance": max(shuffled)}
-        if off_limit and E > model.config.n_expert_active:
+        reachable = E // model.config.n_group * model.config.topk_group
+        if off_limit and reachable > model.config.n_expert_active:
             losses = losses_without(block.mlp.gate, loss)
             layer["switched_off"] = np.array(losses) - result["loss"]
         result["layers"][block.layer] = layer
@@ -470,6 +471,7 @@ def upcycle(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
 ) -> dict:
     """Make a mixture that computes what a dense checkpoint does; train it on with `train.py --init OUT`."""
+    check(n_expert >= 1, "--n-expert has to be at least 1.")
     check_out(out, overwrite)
     source = load_model(dense)
     check(not source.config.n_expert, f"{dense} has experts already.")

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 parallel.py                                  # DDP on two CPU cores or GPUs
     torchrun --nproc-per-node 4 parallel.py --dp 2 --tp 2 --zero 3           # sharded data, split matrices
-    torchrun --nproc-per-node 4 parallel.py --resume out/python --tp 4       # go on, on another layout
+    torchrun --nproc-per-node 4 parallel.py --resume out/python --dp 1 --tp 4  # go on, on another layout
     torchrun --nproc-per-node 2 parallel.py --zero 3 --count-communication   # what a step sends and keeps
     python parallel.py plan --preset llama-2-70b --gpus 512 --memory 80      # which layouts fit
     python parallel.py export out/python                                     # join a stopped run's shards

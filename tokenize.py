@@ -111,7 +111,11 @@ def check(ok, sentence: str):
 # ---- Byte pair encoding ------------------------------------------------------------------------------------
 
 def get_pairs(ids, counts=None, weight=1) -> dict:
-    """Count the neighbours: get_pairs([1, 2, 3, 1, 2]) -> {(1, 2): 2, (2, 3): 1, (3, 1): 1}"""
+    """Count the neighbours.
+
+    >>> get_pairs([1, 2, 3, 1, 2])
+    {(1, 2): 2, (2, 3): 1, (3, 1): 1}
+    """
     counts = {} if counts is None else counts
     for pair in pairwise(ids):
         counts[pair] = counts.get(pair, 0) + weight
@@ -524,7 +528,7 @@ def train(
     inputs: Annotated[list[str], typer.Option("--input", help="Text, folder or .jsonl; can be repeated.")],
     output: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
     algorithm: Annotated[Literal["bpe", "char"], typer.Option(help="Byte-level BPE, or characters.")] = "bpe",
-    vocab_size: Annotated[int, typer.Option(help="bpe: ids, special tokens too; 1024 to 256000.")] = 4096,
+    vocab_size: Annotated[int, typer.Option(help="bpe: all ids, with the special tokens; 268 or more.")] = 4096,
     pattern: Annotated[Literal["gpt2", "gpt4"], typer.Option(help="bpe: how text is cut.")] = "gpt4",
     field: Annotated[str, typer.Option(help="Field of a .jsonl line that holds the text.")] = "text",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
@@ -569,7 +573,7 @@ def prepare(
     output: Annotated[Path, typer.Option(help="Folder to write; else data/ and the source's name.")] = None,
     tokenizer: Annotated[Path, typer.Option(help="Use this tokenizer.json instead of learning one.")] = None,
     algorithm: Annotated[Literal["bpe", "char"], typer.Option(help="Byte-level BPE, or characters.")] = "bpe",
-    vocab_size: Annotated[int, typer.Option(help="bpe: ids, special tokens too; 1024 to 256000.")] = 4096,
+    vocab_size: Annotated[int, typer.Option(help="bpe: all ids, with the special tokens; 268 or more.")] = 4096,
     pattern: Annotated[Literal["gpt2", "gpt4"], typer.Option(help="bpe: how text is cut.")] = "gpt4",
     val_fraction: Annotated[float, typer.Option(help="Share of the bytes for validation, 0 to 1.")] = 0.02,
     seed: Annotated[int, typer.Option(help="Another seed gives another split and order.")] = 0,

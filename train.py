@@ -99,6 +99,7 @@ def measure_noise(model: Transformer, micro_batches: list, parts: int = 8) -> fl
     x = torch.cat([b[0] for b in micro_batches])
     y = torch.cat([b[1] for b in micro_batches])
     k = min(parts, len(x))
+    check(k > 1, "--noise-scale needs two sequences a rank in a step: raise --tokens-per-step.")
     whole, small = None, []
     for xs, ys in zip(x.tensor_split(k), y.tensor_split(k), strict=True):
         losses, _ = model(xs, ys)
@@ -125,7 +126,7 @@ def train(o: Options) -> dict:
     check(saved.get("data", data) == data, f"The data is not what {o.out} was trained on: restore it.")
     causal = o.objective == "clm"
     config = make_config(o, sources[0], bool(saved), causal=causal)
-    check(config.causal == causal, f"{o.init} was trained with the other --objective: choose its own.")
+    check(config.causal == causal, f"{o.resume or o.init} has the other --objective: choose its own.")
     derive(o, config, ranks.world, ranks.device)
     T = config.seq_len
     check_lengths(sources + val, T)
@@ -207,7 +208,7 @@ def try_to_compile(model: Transformer, B: int) -> None:
     except Exception as error:  # whatever a compiler may raise: the run goes on without it
         for block in model.layers.values():
             block._compiled_call_impl = None
-        reason = str(error).strip().splitlines()[0][:100]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         say(f"torch.compile does not work here ({reason}); going on without it.")
     model.zero_grad()
 
@@ -221,11 +222,11 @@ class Corrupt:
         check(self.mask_id is not None, "A masked model needs a tokenizer with a <|mask|> token.")
 
     def __call__(self, x, y, rows):
-        """In training: the masks of a window depend on the seed and on how often its source was read."""
+        """Mask for training: a window's masks depend on the seed and on its place in the source's order."""
         return mask_tokens(x, self.mask_id, self.n_vocab, [(self.seed, *row) for row in rows])
 
     def fixed(self, x):
-        """In an evaluation: the masks depend on the window's text alone, so that they are always the same."""
+        """Mask for an evaluation, always in the same way: the masks depend on the window's text alone."""
         return mask_tokens(x, self.mask_id, self.n_vocab, [("val", row.numpy().tobytes()) for row in x])
 
 def assess(o: Options, model, val: list[Tokens], weights, corrupt: Corrupt | None, last: bool) -> dict:
@@ -325,7 +326,7 @@ def curve(records: list[dict], width: int = 72, height: int = 12) -> str:
     for step, loss in train:
         columns[(step - first) * (width - 1) // (last - first)].append(loss)
     means = [(x, sum(c) / len(c)) for x, c in enumerate(columns) if c]
-    # the first losses are far above the rest: let the scale begin where a twentieth of the run is over
+    # the first losses are far above the rest: the highest twentieth is cut off at the top
     seen = [mean for _, mean in means] + [v for _, v in val]
     low = min(seen)
     high = sorted(seen)[-max(1, len(seen) // 20)]
@@ -376,7 +377,7 @@ def write_sample(model: Transformer, tokenizer, seed: int) -> str:
         p = (logits[:, : tokenizer.n_vocab].cpu() / 0.7).softmax(-1)
         return torch.multinomial(p, 1, generator=generator)[:, 0].to(logits.device)
 
-    eos_id = model.config.eos_id
+    eos_id = tokenizer.eot_id
     return tokenizer.decode(generate(model, [[eos_id]], 200, pick, eos_id=eos_id)[0])
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 import io
 import json
 import math
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -13,7 +11,6 @@ import torch
 from conftest import ROOT, call, command, records, refusal, wait_for
 
 import align
-import sample
 from align import Example, collate, grade, logps, pack, scores
 from model import (
     PRESETS, Transformer, UserError, count_params, load_model, load_state, load_tokenizer, render, resumed,
@@ -563,42 +560,6 @@ def test_kl_by_hand(base):
     assert align.mean_kl(model, model, [item]) == [0.0]
     p, q = (m(torch.tensor([example.ids]))[0][0, 1:3].softmax(-1) for m in (model, other))
     assert align.mean_kl(model, other, [item])[0] == pytest.approx(float((p * (p / q).log()).sum() / 2), rel=1e-3)
-
-
-def test_chat(stages, tmp_path):
-    """History is in the context, /reset forgets it, and the same seed with the same words gives the same answer."""
-    def talk(text):
-        args = [sys.executable, "sample.py", str(stages / "sft"), "--chat", "--temperature", "0", "--max-new-tokens", "12"]
-        done = subprocess.run(args, cwd=ROOT, input=text, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done.stdout, done.stderr
-
-    once, _ = talk("hello\n")
-    again, err = talk("hello\n/reset\nhello\n")
-    assert again == once * 2 and "forgotten" in err
-    assert talk("hel\\\nlo\n/exit\nmore\n")[0].count("\n") >= 1
-    _, err = talk("a b c d e f g\n" * 12)
-    assert "turns are forgotten" in err
-    _, err = talk("word " * 300 + "\n")
-    assert "say it shorter" in err
-
-
-def test_chat_cache_equals_reading_anew(base, monkeypatch):
-    """Two turns through the cache give what the whole conversation gives at once."""
-    model, tokenizer, seen = load_model(base), load_tokenizer(base), []
-
-    class Spy(sample.Reader):
-        def read(self, ids):
-            logits = super().read(ids)
-            before = seen[-1][: self.cache.n - ids.shape[1]] if seen else []
-            seen.append(before + ids[0].tolist())
-            torch.testing.assert_close(logits, model(torch.tensor([seen[-1]]))[0][:, -1], rtol=1e-4, atol=1e-4)
-            return logits
-
-    monkeypatch.setattr(sample, "Reader", Spy)
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
-    sample.talk(model, tokenizer, 6, lambda logits: logits[:, :300].argmax(-1))
-    assert len(seen) > 7 and tokenizer.decode(seen[-1]).count("<|im_start|>user") == 2
 
 
 # trl ------------------------------------------------------------------------------------------------------------------

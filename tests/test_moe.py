@@ -317,6 +317,7 @@ def test_what_a_layer_adds_to_the_loss_follows_from_the_config():
     assert added(balance="bias", router_bias=True, balance_rate=0.5)[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("balance", ["loss", "bias", "none"])
 def test_a_collapsed_router_comes_back(balance):
     """Begin where a router sends every token to two of eight experts; any expert can learn the task."""

@@ -261,6 +261,7 @@ def play_bandit(kind, base, lines, out, reward, steps, monkeypatch, **more):
     return before, after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grpo", "ppo"])
 def test_ten_arms(kind, base, lines, tmp_path, monkeypatch):
     """The best of ten is found, with payouts that are close."""

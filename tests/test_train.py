@@ -350,7 +350,7 @@ def test_a_killed_command_resumes_to_the_same_bits(data, tmp_path):
 @pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw", "dtype": "fp32", "micro_batch": 3}],
                          ids=["muon bf16", "adamw fp32"])
 def test_twenty_kills(data, tmp_path, changes):
-    sizes = {"max_steps": 1500, "save_interval": 2, "eval_interval": 500, **changes}  # half of it are saves
+    sizes = {"max_steps": 600, "save_interval": 2, "eval_interval": 500, **changes}  # half of it are saves
     train.train(options(data, tmp_path / "whole", **sizes))
     assert kill_and_resume(data, tmp_path / "cut", 20, 1, **sizes) == (20, weights(tmp_path / "whole"))
 
