@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 if "OMP_WAIT_POLICY" not in os.environ:  # idle threads spin for a moment, not for long: see RESULTS.md
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # GCC's OpenMP (Linux)
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # GCC's OpenMP (Linux)
     os.environ.setdefault("KMP_BLOCKTIME", "1")  # LLVM's and Intel's (macOS, Windows), in milliseconds
 START = time.perf_counter()  # before torch is imported, which is part of what a run costs
 
@@ -1074,7 +1074,7 @@ class Tokens:
         """Count the windows of an epoch."""
         return -(-self.n // T)
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019 (one order a source in use; they live as long as the process)
+    @functools.lru_cache(maxsize=64)  # noqa: B019 (one a source; they live as long as the process)
     def order(self, epoch: int, T: int, seed: int) -> tuple[int, np.ndarray]:
         """Draw an epoch's starting point and the order of its windows."""
         rng = np.random.default_rng([seed, epoch])

@@ -385,6 +385,7 @@ for name, data in {cases!r}:
 """
 
 
+@pytest.mark.slow
 def test_ranks_change_nothing(base, lines, tmp_path):
     """Two processes do what one does; a step of four items leaves a rank with two of them, or one."""
     cases = [("sft", "sft"), ("dpo", "pairs"), ("reward", "ranking")]

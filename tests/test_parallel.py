@@ -152,6 +152,7 @@ def test_resharding_and_the_whole_folder(data, tmp_path):
     assert net(torch.zeros(1, 4, dtype=torch.long)).logits.shape[1] == 4
 
 
+@pytest.mark.slow
 def test_stop_go_on_and_export(data, tmp_path):
     """SIGTERM leaves shards; another layout goes on with them; joined, train.py goes on with them."""
     out = tmp_path / "run"
