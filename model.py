@@ -1763,19 +1763,28 @@ def progress(what: str, total: int, done: int = 0):
         yield show
 
 def run_app(app: Callable) -> None:
-    """Run a typer app: a UserError is one sentence and exit code 2, Ctrl-C is 130, never a traceback."""
+    """Run a typer app: a UserError is one sentence and exit code 2, Ctrl-C is 130, without a traceback."""
+    code = 0
     try:
         app()
+    except SystemExit as done:  # typer's way to end
+        code = done.code
     except UserError as error:
         traceback.clear_frames(error.__traceback__)  # ends the generators on its way, and their bars
         say(f"error: {error}", markup=False, style="red")
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
     finally:
+        world = rank_and_world()[1]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             with contextlib.suppress(RuntimeError):
                 torch.distributed.destroy_process_group()
+    if world > 1:  # on Python's own way out gloo's threads now and then abort the process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(bool(code)))
+    sys.exit(code)
 
 
 # ------------------------------------------------------------------------------------------------------------
