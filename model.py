@@ -91,7 +91,7 @@ class Config:
     causal: bool = True  # False: every token sees every other (masked language modelling)
     tie: bool = True  # the output matrix is the embedding
     head: str = "lm"  # or "score": one number a token, for a reward model or a critic
-    eos_id: int | None = None
+    eos_id: int | tuple[int, ...] | None = None  # one id that ends a text, or several
     pad_id: int | None = None
     # experts in the place of the feed-forward networks: see moe.py
     n_expert: int = 0  # 0: every layer is dense
@@ -118,7 +118,9 @@ class Config:
         window = self.window if isinstance(self.window, (tuple, list)) else [self.window]
         window = tuple(window) * (self.n_layer if len(window) == 1 else 1)  # one number serves all layers
         object.__setattr__(self, "window", () if set(window) == {None} else window)
-        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        for name in ("dense_layers", "eos_id"):  # JSON knows lists only
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         check(self.n_head % self.n_kv_head == 0,
               f"{self.n_head} heads cannot share {self.n_kv_head} key-value heads evenly.")
         check(self.head in ("lm", "score"), f"A model ends in a head of kind lm or score, not {self.head!r}.")
@@ -133,6 +135,11 @@ class Config:
     def windows(self) -> tuple[int | None, ...]:
         """Give the window of each layer; None where it sees all."""
         return self.window or (None,) * self.n_layer
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """Give all ids that end a text."""
+        return set(self.eos_id) if isinstance(self.eos_id, tuple) else {self.eos_id} - {None}
 
     def is_sparse(self, layer: int) -> bool:
         return self.n_expert > 0 and layer not in self.dense_layers
@@ -155,26 +162,35 @@ class Config:
         recomputation adds, so this is the numerator of MFU and not of HFU.
         """
         T = T or self.seq_len
-        windows = [min(w or T, T) for w in self.windows]
-        # the first w tokens see 1, 2 .. w keys, the rest see w
-        keys = sum((w * (w + 1) / 2 + (T - w) * w) / T if self.causal else T for w in windows)
-        return 6.0 * self.matrix_params + 12.0 * self.n_head * self.head_dim * keys
+        pairs = 0  # of a query and a key that it sees, in all layers
+        for w in (min(w or T, T) for w in self.windows):
+            causal = w * (w + 1) / 2 + (T - w) * w  # the first w tokens see 1, 2 .. w keys, the rest see w
+            pairs += causal if self.causal else 2 * causal - T
+        return 6.0 * self.matrix_params + 12.0 * self.n_head * self.head_dim * pairs / T
 
 def is_a(value, kind: type) -> bool:
     """Tell whether a value is of a kind; whole numbers are floats too, NaN and infinity are not."""
     return type(value) in (int, float) and math.isfinite(value) if kind is float else type(value) is kind
 
+def kind_of(declared) -> type:
+    """Find the plain kind in what a field was declared as: tuple[int | None, ...] -> int."""
+    return next(kind for kind in (bool, str, float, int) if kind.__name__ in str(declared))
+
+def fits(value, declared) -> bool:
+    """Tell whether a value is what a field was declared as: int, float | None, list[str]."""
+    if isinstance(value, (list, tuple)) and re.search("list|tuple", str(declared)):
+        return all(fits(x, declared) for x in value)
+    return "None" in str(declared) if value is None else is_a(value, kind_of(declared))
+
 def check_field(name: str, value) -> None:
-    """Refuse what a field of Config cannot be: of another type, or a number below what makes sense."""
+    """Refuse what a field of Config cannot be: of another kind, or a number that makes no sense."""
     field = Config.__dataclass_fields__[name]
-    declared = str(field.type)  # <class 'int'>, float | None, tuple[int | None, ...]
-    kind = next(k for k in (bool, str, float, int) if k.__name__ in declared)
-    words = {bool: "true or false", str: "a name"}.get(kind, "a positive number")
-    for x in value if "tuple" in declared and isinstance(value, (tuple, list)) else [value]:
-        fits = is_a(x, kind)
-        if fits and kind in (int, float) and field.default is not None:
-            fits = x > 0 or (x == 0 and not field.default and name != "window")
-        check(fits or (x is None and "None" in declared), f"{name} is {x!r}; it has to be {words}.")
+    words = {bool: "true or false", str: "a name"}.get(kind_of(field.type), "a positive number")
+    check(fits(value, field.type), f"{name} is {value!r}; it has to be {words}.")
+    least = 0 if not field.default and name != "window" else 1e-12
+    most = 10_000 if name in ("n_layer", "n_head", "n_kv_head", "n_expert") else 2**31
+    numbers = [x for x in (value if isinstance(value, (list, tuple)) else [value]) if is_a(x, float)]
+    check(all(least <= x < most for x in numbers), f"{name} is {value!r}; it has to be {words} below {most}.")
 
 class Linear(nn.Linear):
     """Keep a matrix in the precision of training (float32) and multiply in the precision of the input."""
@@ -207,12 +223,12 @@ def rope_angles(positions, head_dim: int, theta: float):
     return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
 
 def apply_rope(x, cos, sin):  # (B, T, H, D) -> (B, T, H, D)
-    """Rotate the pairs (x_i, x_{i+D/2}) by their angles (2104.09864, eq. 34).
+    """Rotate the pairs (x_i, x_{i+D/2}) by their angles, in float32 (2104.09864, eq. 34).
 
     Hugging Face pairs the halves, the paper neighbours: the same but for the order of q's and k's rows.
     """
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 def visible(q_pos, k_pos, q_doc=None, k_doc=None, q_trunk=None, *, causal=True, window=None):
     """Decide THE mask: may the query at q_pos look at the key at k_pos?
@@ -245,6 +261,8 @@ def attend(q, k, v, mask=None):
     if few and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return attend_on_cpu(q, k, v, mask)
     gqa = q.shape[1] != k.shape[1]
+    if gqa and isinstance(mask, torch.Tensor) and q.is_cuda:  # its fast kernel with a mask knows no groups
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     if isinstance(mask, str):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
     mask = None if mask is None else mask.unsqueeze(1)  # (B or 1, 1, T, S)
@@ -313,10 +331,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = load_moe().MoE(config) if self.sparse else MLP(config.n_embd, config.ffn_dim)
 
-    def forward(self, x, aux, cos, sin, mask=None, cache=None):
-        y = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x, aux, cos, sin, mask=None, cache=None, dtype=None):
+        """dtype: of the products; the residual stream x keeps its own, float32 in training."""
+        y = self.self_attn(self.input_layernorm(x).to(dtype), cos, sin, mask, cache)
         x = x + drop(y, self.dropout, self.training)
-        y = self.mlp(self.post_attention_layernorm(x))
+        y = self.mlp(self.post_attention_layernorm(x).to(dtype))
         if self.sparse:
             y, row = y
             # a new tensor, nothing written in place: a block that is computed again would write twice
@@ -349,7 +368,7 @@ class Transformer(nn.Module):
         self.config = config
         self.first = 0 in layers
         self.last = config.n_layer - 1 in layers
-        self.compute_dtype: torch.dtype | None = None  # of activations; None: as the parameters
+        self.compute_dtype: torch.dtype | None = None  # of products; None: as the parameters
         self.recompute = False  # keep only each block's input, and compute the rest again
         if self.first or (config.tie and self.last and config.head == "lm"):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
@@ -393,20 +412,20 @@ class Transformer(nn.Module):
         masks = self.masks(positions, doc_ids, trunk_ids, cache, T)
         if self.first:
             x = self.embed_tokens(x)  # (B, T, C)
-        x = x.to(self.compute_dtype or x.dtype)
-        cos, sin = (a.to(x.dtype) for a in rope_angles(positions, c.head_dim, c.rope_theta))
+        dtype = self.compute_dtype or x.dtype
+        cos, sin = rope_angles(positions, c.head_dim, c.rope_theta)
         if aux is None:
             columns = len(AUX) + c.n_expert if c.n_expert else 1
             aux = x.new_zeros((c.n_layer, columns), dtype=torch.float32)
         for i, block in self.layers.items():
-            x, aux = self.run_block(block, x, aux, cos, sin, masks[c.windows[int(i)]], cache)
+            x, aux = self.run_block(block, x, aux, cos, sin, masks[c.windows[int(i)]], cache, dtype)
         if not self.last:
             return x, aux
         if output == "last":
             x = x[:, -1:]
         elif at is not None:
             x = x.flatten(0, 1).index_select(0, at)  # (N, C)
-        x = self.norm(x)
+        x = self.norm(x).to(dtype)
         if output == "hidden":
             return x, aux
         if c.head == "score":
@@ -417,7 +436,7 @@ class Transformer(nn.Module):
 
     def run_block(self, block, *args):
         """Run a block; while training and with `recompute`, keep only its input for the backward pass."""
-        if args[-1] is not None:  # with a cache every length is new: a compiled block would be compiled anew
+        if args[-2] is not None:  # with a cache every length is new: a compiled block would be compiled anew
             return block._call_impl(*args)
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
@@ -564,10 +583,6 @@ class Cache:
         self.v = self.v[:, rows]
         self.positions = self.positions[rows]
 
-    @property
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
-
 def greedy(logits):  # (B, V) -> (B,)
     return logits.argmax(-1)
 
@@ -586,7 +601,7 @@ def generate(model, prompts, max_new_tokens, pick=greedy, eos_id=(), samples=1, 
     stop = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     out = [[] for _ in range(len(prompts) * samples)]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    order = sorted((i for i, n in enumerate(limits) if n > 0), key=lambda i: -len(prompts[i]))
     size = max(1, rows // samples)
     for some in (order[i : i + size] for i in range(0, len(order), size)):
         # 1. read the prompts; pads stand on the right, where no token of a prompt sees them
@@ -661,21 +676,23 @@ def resize(preset: str, n_layer=None, n_embd=None, seq_len=None, **fields) -> Co
     fields |= {name: size for name, size in sizes.items() if size is not None}
     for name, value in fields.items():
         check_field(name, value)
+    width = fields.get("n_embd", base.n_embd)
     if fields.keys() & {"n_embd", "n_head"}:
-        width = fields.get("n_embd", base.n_embd)
-        heads = fields.setdefault("n_head", max(1, width // base.head_dim))
-        check(width % heads == 0, f"A width of {width} does not divide into {heads} heads.")
-        fields.setdefault("head_dim", width // heads)
+        heads = fields.setdefault("n_head", max(1, base.n_head * width // base.n_embd))
+        if base.head_dim * base.n_head == base.n_embd:  # else the heads are as wide as they are
+            check(width % heads == 0, f"A width of {width} does not divide into {heads} heads.")
+            fields.setdefault("head_dim", width // heads)
         group = base.n_head // base.n_kv_head
         fields.setdefault("n_kv_head", heads // group if heads % group == 0 else heads)
         fields.setdefault("ffn_dim", round_up(width * base.ffn_dim // base.n_embd))
-    if fields.get("n_expert"):  # a token costs what the dense model's does
+    if base.n_expert:
+        fields.setdefault("expert_dim", max(8, width * base.expert_dim // base.n_embd))
+    elif fields.get("n_expert"):  # a token costs what the dense model's does
         used = fields.get("n_expert_active", base.n_expert_active) + fields.get("n_expert_shared", 0)
-        fields.setdefault("expert_dim", max(8, fields.get("ffn_dim", base.ffn_dim) // used))
+        fields.setdefault("expert_dim", max(8, fields.get("ffn_dim", base.ffn_dim) // max(1, used)))
         fields.setdefault("router_bias", fields.get("balance") == "bias")
-    elif not base.n_expert:
-        experts = NAMES[NAMES.index("n_expert") + 1 :]
-        useless = [name for name in experts if name in fields and name != "dropout"]
+    else:
+        useless = [name for name in EXPERT_FIELDS if name in fields]
         check(not useless, f"--set {', '.join(useless)} needs experts: --set n_expert=8.")
     return base.replace(**fields)
 
@@ -687,9 +704,14 @@ KEYS = {
     "tie": "tie_word_embeddings", "eos_id": "eos_token_id", "pad_id": "pad_token_id",
 }
 NAMES = list(Config.__dataclass_fields__)
-TRAINING = NAMES[NAMES.index("dropout") :]  # no checkpoint carries these
-OWN = [name for name in NAMES if name not in (*KEYS, *TRAINING, "rope_theta", "head")]
+TRAINING = ("dropout", "balance", "balance_rate", "z_loss", "capacity")  # no checkpoint carries these
+EXPERT_FIELDS = (*NAMES[NAMES.index("n_expert_active") : NAMES.index("dropout")], *TRAINING[1:])
 SCORE = "ForSequenceClassification"  # ends the name of a stock class with a score head
+# Keys of config.json that change what is computed, and the value at which they do not: others are refused.
+NEUTRAL = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None,
+           "partial_rotary_factor": 1, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+           "embedding_multiplier": 1, "residual_multiplier": 1, "attention_multiplier": None,
+           "logits_scaling": 1, "logit_scale": 1, "use_qk_norm": False, "parallel_block": False}
 
 @dataclass(frozen=True)
 class Family:
@@ -736,7 +758,8 @@ def write_as(config: Config, name: str, family: Family | None) -> dict:
         hf |= {"architectures": [name.partition("For")[0] + SCORE], "id2label": {"0": "LABEL_0"},
                "label2id": {"LABEL_0": 0}}
     if not family:
-        return hf | {"model_type": "octavo"} | {field: getattr(config, field) for field in OWN}
+        own = {field: getattr(config, field) for field in NAMES if field not in (*KEYS, *TRAINING)}
+        return hf | {"model_type": "octavo"} | own
     sliding = [w for w in config.windows if w is not None]
     hf |= {"model_type": family.model_type, "sliding_window": sliding[0] if sliding else None}
     if family.window == "any":
@@ -753,29 +776,27 @@ def config_from_hf(hf: dict) -> Config:
     head = "score" if name.endswith(SCORE) else "lm"
     name = name.replace(SCORE, "ForCausalLM")
     scores = len(hf.get("id2label") or (0, 1))
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    act = hf.get("hidden_act", "silu")
+    check(head == "lm" or scores == 1, f"This model gives {scores} scores to a text; only one is supported.")
     missing = [KEYS[field] for field in ("vocab_size", "n_layer", "n_head", "n_embd", "ffn_dim")
                if hf.get(KEYS[field]) is None]
-    check(head == "lm" or scores == 1, f"This model gives {scores} scores to a text; only one is supported.")
-    check(kind == "default", f"Rotary positions of type {kind!r} are not supported yet, only the plain ones.")
-    check(act == "silu", f"The activation {act!r} is not supported yet, only silu (SwiGLU).")
     check(not missing, f"config.json does not say {', '.join(missing)}.")
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    check(kind == "default", f"Rotary positions of type {kind!r} are not supported yet, only the plain ones.")
+    for key, neutral in NEUTRAL.items():
+        value = (hf | rope).get(key, neutral)
+        check(value in (neutral, None), f"config.json says {key} {value!r:.60}, which is not supported yet.")
     fields = {field: hf[key] for field, key in KEYS.items() if hf.get(key) is not None}
     n_layer, heads = fields["n_layer"], fields["n_head"]
     fields = {"head": head, "tie": False, "n_kv_head": heads, "head_dim": fields["n_embd"] // heads} | fields
     fields["rope_theta"] = float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0)))
-    if isinstance(fields.get("eos_id"), list):
-        fields["eos_id"] = fields["eos_id"][0]
     if hf.get("model_type") == "octavo":
         earlier = load_moe().read_earlier(hf["moe"]) if hf.get("moe") else {}
-        return Config(**fields | {field: hf[field] for field in OWN if field in hf} | earlier)
+        own = {field: hf[field] for field in NAMES if field in hf and field not in TRAINING}
+        return Config(**own | fields | earlier)
 
     families = FAMILIES if name in FAMILIES else FAMILIES | load_moe().FAMILIES
     check(name in families, f"A {name} cannot be opened yet; the families are {', '.join(families)}.")
-    biased = hf.get("attention_bias") or hf.get("mlp_bias")
-    check(not biased, f"A {name} with biases on every matrix is not supported yet.")
     family = families[name]
     if family.derived_head_dim:
         fields["head_dim"] = fields["n_embd"] // heads
@@ -791,6 +812,8 @@ def windows_from_hf(hf: dict, family: Family, n_layer: int) -> tuple[int | None,
         return ()
     full = min(n_layer, hf.get("max_window_layers", 28)) if per_layer else 0
     types = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (n_layer - full)
+    other = set(types) - {"full_attention", "sliding_attention"}
+    check(not other, f"Layers of type {', '.join(map(str, other))} are not supported yet.")
     return tuple(width if kind == "sliding_attention" else None for kind in types)
 
 def hf_name(name: str, config: Config) -> str:
@@ -840,13 +863,13 @@ def finish_save(folder: str | Path) -> None:
     """Finish a save that was cut off after its journal stood; every reader of a folder begins so."""
     folder = Path(folder)
     journal = folder / JOURNAL
+    while int(os.environ.get("RANK", 0)) > 0 and journal.is_file():
+        time.sleep(0.05)  # of several ranks that resume, the first one does it
     if not journal.is_file():
         return
     record = read_json(journal)
-    try:
+    with reading(journal):
         names = [*map(Path, record["ready"]), *map(Path, record["remove"])]
-    except (KeyError, TypeError):
-        raise UserError(f"{journal} is damaged: it has to hold two lists of names.") from None
     outside = [str(name) for name in names if name.is_absolute() or not name.parts or ".." in name.parts]
     check(not outside, f"{journal} names {', '.join(outside)}, outside of its folder: it is not ours.")
     try:
@@ -871,23 +894,28 @@ def clear(path: Path) -> None:
     else:
         path.unlink(missing_ok=True)
 
-def read_json(path: Path) -> dict:
+@contextlib.contextmanager
+def reading(path: str | Path):
+    """Turn whatever goes wrong with a file from outside into one sentence that names it."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        raise UserError(f"{path} {why}.") from None
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
+            SafetensorError) as error:
+        raise UserError(f"{path} is damaged or cut off ({type(error).__name__}: {error}).") from None
+
+def read_json(path: Path) -> dict:
+    check(path.is_file(), f"{path} is missing.")  # (a pipe of that name would be waited for)
+    with reading(path):
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     check(isinstance(content, dict), f"{path} cannot be read: it is not a JSON object.")
     return content
 
-def read_tensors(path: Path, device="cpu") -> Iterator:
-    """Read (name, tensor) of a safetensors file, one at a time; a UserError when it is cut off or damaged."""
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            for name in file.keys():
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or cut off ({error}).") from None
+def read_tensors(path: Path, device="cpu", names=None) -> Iterator:
+    """Read (name, tensor) of a safetensors file, one at a time: of these names, or all."""
+    check(path.is_file(), f"{path} is missing.")
+    with reading(path), safe_open(path, framework="pt", device=str(device)) as file:
+        for name in file.keys() if names is None else names:
+            yield name, file.get_tensor(name)
 
 # ---- The checkpoint folder
 
@@ -897,24 +925,61 @@ CHAT_TEMPLATE = (  # ChatML
 )
 
 def render(tokenizer, messages: list[dict], reply: bool = False) -> tuple[list[int], list[bool]]:
-    """Turn [{"role", "content"}, ...] into ids as CHAT_TEMPLATE does -> (ids, did the assistant write it?).
+    """Turn [{"role", "content"}, ...] into ids -> (ids, did the assistant write it?).
 
-    The end of the assistant's turn counts as its own: fine-tuning trains it. reply: end with the header of
-    the assistant's turn. Content is ordinary text: a user who writes <|im_end|> ends nothing.
+    As CHAT_TEMPLATE does, or the template of the tokenizer's folder. The end of the assistant's turn counts
+    as its own: fine-tuning trains it. reply: end with the header of the assistant's turn. Content is ordinary
+    text: a user who writes <|im_end|> ends nothing. Headers, contents and ends are encoded apart, so a prompt
+    is always how its answer's conversation begins; where content begins with white space that the tokenizer
+    would join to the header's line break, the ids are not those of the whole text encoded at once.
     """
-    start, end = tokenizer.im_start_id, tokenizer.im_end_id
-    check(None not in (start, end), "This tokenizer has no <|im_start|>: it was not made for conversations.")
-    newline = tokenizer.encode("\n")
     ids, own = [], []
-    for message in messages:
-        header = 1 + len(tokenizer.encode(message["role"] + "\n"))
-        turn = [start, *tokenizer.encode(f"{message['role']}\n{message['content']}"), end]
-        ids += turn + newline
-        own += [False] * header + [message["role"] == "assistant"] * (len(turn) - header)
-        own += [False] * len(newline)
-    if reply:
-        ids += [start, *tokenizer.encode("assistant\n")]
-    return ids, own + [False] * (len(ids) - len(own))
+    if getattr(tokenizer, "chat_template", None) in (None, CHAT_TEMPLATE):
+        start, end = tokenizer.im_start_id, tokenizer.im_end_id
+        check(None not in (start, end), "This tokenizer was not made for conversations: no <|im_start|>.")
+        pieces = []
+        for message in messages:
+            written = message["role"] == "assistant"
+            pieces += [([start, *tokenizer.encode(message["role"] + "\n")], False),
+                       ([*tokenizer.encode(message["content"]), end], written),
+                       (tokenizer.encode("\n"), False)]
+        if reply:
+            pieces.append(([start, *tokenizer.encode("assistant\n")], False))
+    else:
+        texts = render_template(tokenizer, messages, reply)
+        pieces = [(tokenizer.encode(text, special="all"), written) for text, written in texts]
+    for piece, written in pieces:
+        ids += piece
+        own += [written] * len(piece)
+    return ids, own
+
+def render_template(tokenizer, messages: list[dict], reply: bool) -> list[tuple[str, bool]]:
+    """Spell a conversation as the folder's own template says -> (text, did the assistant write it?)."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    told = [name for name in tokenizer.special for m in messages if name in m["content"]]
+    check(not told, f"A message holds {told[:1]}, which this folder's template would take for a command.")
+
+    def spell(messages, reply=False):
+        return template.render(messages=messages, add_generation_prompt=reply, **tokenizer.names)
+
+    pieces, done = [], ""
+    try:
+        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        template = template.from_string(tokenizer.chat_template)
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                asked = spell(messages[:i], True)
+                answered = spell(messages[: i + 1])
+                follows = answered.startswith(asked) and asked.startswith(done)
+                check(follows, "This folder's chat template changes earlier turns, which is not supported.")
+                pieces += [(asked[len(done) :], False), (answered[len(asked) :], True)]
+                done = answered
+        whole = spell(messages, reply)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise UserError(f"This folder's chat template does not take this conversation: {error}.") from None
+    return [*pieces, (whole.removeprefix(done), False)]
 
 def load_tokenizer(folder: str | Path):
     """Load a folder's tokenizer, by tokenize.py's path: `import tokenize` gives Python's own module."""
@@ -925,18 +990,34 @@ def load_tokenizer(folder: str | Path):
         module = sys.modules["octavo_tokenize"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     finish_save(folder)
-    return module.Tokenizer.load(folder)
+    with reading(Path(folder) / "tokenizer.json"):
+        return module.Tokenizer.load(folder)
 
 def find_checkpoint(folder: str | Path, shards: bool = False) -> Path:
     """Find the checkpoint in a folder, or say what there is instead. shards: those of a run count too."""
     folder = Path(folder)
     finish_save(folder)
     sharded = (folder / "state" / "shards").is_dir()
-    whole = any(folder.glob("model*.safetensors"))
-    if (folder / "config.json").is_file() and (whole or (shards and sharded)):
+    if (folder / "config.json").is_file() and (weight_files(folder) or (shards and sharded)):
         return folder
     check(not sharded, f"{folder} holds the shards of a run: python parallel.py export {folder} joins them.")
     raise UserError(f"{folder} holds no checkpoint (config.json, model.safetensors): train one first.")
+
+def weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """Choose the files that hold the weights, as transformers does, and the tensors to take from each.
+
+    model.safetensors; else what the index says, None being all of a file; else shards that have no index.
+    """
+    whole = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    if whole.exists() or not index.is_file():
+        return dict.fromkeys([whole] if whole.exists() else sorted(folder.glob("model-*-of-*.safetensors")))
+    files = {}
+    with reading(index):
+        for name, file in read_json(index)["weight_map"].items():
+            check(Path(file).name == file, f"{index} names {file}, outside of its folder.")
+            files.setdefault(folder / file, []).append(name)
+    return files
 
 def save_checkpoint(folder, model, tokenizer: str | Path, *, state=None, weights: dict | None = None) -> None:
     """Write a Hugging Face folder.
@@ -946,6 +1027,8 @@ def save_checkpoint(folder, model, tokenizer: str | Path, *, state=None, weights
     """
     weights = weights or model.state_dict()
     weights = {hf_name(n, model.config): p.detach().cpu().contiguous() for n, p in weights.items()}
+    broken = [name for name, p in weights.items() if not p.isfinite().all()]
+    check(not broken, f"Weights are no numbers ({', '.join(broken[:1])}): {folder} keeps what it holds.")
     if model.config.tie:
         weights.pop("lm_head.weight", None)
     files = checkpoint_files(model.config, tokenizer)
@@ -957,39 +1040,63 @@ def save_checkpoint(folder, model, tokenizer: str | Path, *, state=None, weights
              "state/optimizer.safetensors", "state/state.json"}
     save_files(folder, files, stale - files.keys())
 
+CARRIED = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
+           "chat_template.jinja")
+
 def checkpoint_files(config: Config, tokenizer: str | Path) -> dict[str, str]:
-    """Make the texts of a checkpoint folder: all of it but the tensors."""
-    texts = {
-        "config.json": config_to_hf(config),
-        "generation_config.json": {"eos_token_id": config.eos_id, "pad_token_id": config.pad_id,
-                                   "do_sample": True, "temperature": 0.7, "top_p": 0.9},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>",
-            "pad_token": "<|pad|>", "mask_token": "<|mask|>", "model_max_length": config.seq_len,
-            "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE},
-    }
-    files = {name: json.dumps(content, indent=2) + "\n" for name, content in texts.items()}
-    return files | {"tokenizer.json": read_tokenizer(tokenizer).decode()}
+    """Make the texts of a checkpoint folder, all of it but the tensors.
+
+    A tokenizer out of a checkpoint folder brings along what that folder says of tokens, template and
+    generation. One out of a data folder gets ours, with the names of those tokens only that it has.
+    """
+    base = Path(tokenizer).parent
+    text = read_tokenizer(tokenizer).decode()
+    files = {"config.json": json.dumps(config_to_hf(config), indent=2) + "\n", "tokenizer.json": text}
+    if (base / "config.json").is_file():
+        own = [base / name for name in CARRIED if (base / name).is_file()]
+        return files | {path.name: path.read_text(encoding="utf-8") for path in own}
+    with reading(tokenizer):
+        special = {token["content"] for token in json.loads(text).get("added_tokens", [])}
+    names = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>", "mask_token": "<|mask|>"}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.seq_len,
+             "clean_up_tokenization_spaces": False}
+    about |= {name: token for name, token in names.items() if token in special}
+    about |= {"chat_template": CHAT_TEMPLATE} if "<|im_start|>" in special else {}
+    generation = {"eos_token_id": config.eos_id, "pad_token_id": config.pad_id, "do_sample": True,
+                  "temperature": 0.7, "top_p": 0.9}
+    files["generation_config.json"] = json.dumps(generation, indent=2) + "\n"
+    files["tokenizer_config.json"] = json.dumps(about, indent=2) + "\n"
+    return files
 
 def load_config(folder: str | Path, shards: bool = False) -> Config:
-    return config_from_hf(read_json(find_checkpoint(folder, shards) / "config.json"))
+    """Read config.json, and the ids that end a text from generation_config.json where that names some."""
+    folder = find_checkpoint(folder, shards)
+    with reading(folder / "config.json"):
+        config = config_from_hf(read_json(folder / "config.json"))
+    if (folder / "generation_config.json").is_file():
+        eos_id = read_json(folder / "generation_config.json").get("eos_token_id")
+        config = config if eos_id is None else config.replace(eos_id=eos_id)
+    return config
 
 def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Transformer:
     """Load a model of a supported family from its Hugging Face folder, in evaluation mode."""
     config = load_config(folder)
+    check_memory(config, torch.device(device), 2)
     with torch.device("meta"):
         model = Transformer(config)
     expected = dict(model.named_parameters()) | dict(model.named_buffers())
     names = {hf_name(n, config): n for n in expected}
     found = {}
-    for path in sorted(Path(folder).glob("model*.safetensors")):  # one file, or the shards of a large model
-        for name, tensor in read_tensors(path, device):
+    for path, wanted in weight_files(Path(folder)).items():
+        for name, tensor in read_tensors(path, device, wanted):
             name = names.get(name, name.removeprefix("model."))
             if (name == "lm_head.weight" and config.tie) or name.endswith("rotary_emb.inv_freq"):
                 continue
             check(name in expected, f"{path} holds a tensor {name!r} that its config.json has no place for.")
+            check(name not in found, f"{path} holds {name} once more: which of the files are the weights?")
             shape = tuple(expected[name].shape)
-            check(tensor.shape == shape, f"{path}: {name} is {tuple(tensor.shape)} and has to be {shape}.")
+            fits = tensor.shape == shape and tensor.is_floating_point()
+            check(fits, f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, not floats of {shape}.")
             found[name] = tensor.to(dtype or tensor.dtype)
     missing = sorted(expected.keys() - found.keys())
     check(not missing, f"{folder} lacks {len(missing)} tensors, {', '.join(missing[:1])} among them.")
@@ -997,16 +1104,32 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
     model.tie_weights()
     return model.eval()
 
+def check_memory(config: Config, device: torch.device, itemsize: float) -> None:
+    """Refuse a model whose weights alone, at so many bytes each, are larger than the memory."""
+    need = config.matrix_params * itemsize
+    if device.type == "cuda":
+        have = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return  # Windows says it in another way
+    check(need < have, f"The model's weights are {need / 2**30:.3g} GiB, the memory {have / 2**30:.3g} GiB.")
+
 def load_state(folder: str | Path) -> tuple[dict, dict]:
     """Load what a run needs to go on exactly: (optimizer tensors by name, JSON object)."""
     state = saved_state(folder)
     return dict(read_tensors(find_checkpoint(folder) / "state" / "optimizer.safetensors")), state
 
+STATE = {"at": int, "finished": bool, "command": str, "options": dict}  # what every run says of itself
+
 def saved_state(folder: str | Path) -> dict:
     """Read what a folder says of its run: the step, the options, the positions in the data."""
     path = find_checkpoint(folder, shards=True) / "state" / "state.json"
     check(path.is_file(), f"{folder} is a finished model without the state of its run: it cannot be resumed.")
-    return read_json(path)
+    state = read_json(path)
+    wrong = [name for name, kind in STATE.items() if not is_a(state.get(name), kind)]
+    check(not wrong, f"{path} does not say {', '.join(wrong)} of its run: it cannot be resumed.")
+    return state
 
 # ---- The data folder
 
@@ -1024,16 +1147,15 @@ class Tokens:
         self.folder = Path(folder)
         self.path = self.folder / f"{split}.bin"
         self.meta = read_json(self.folder / "meta.json")
-        try:
-            self.dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
-            self.n = self.meta["splits"][split]["tokens"]
-            self.bytes = self.meta["splits"][split]["bytes"]
-            self.vocab_size = self.meta["vocab_size"]
+        with reading(self.folder / "meta.json"):
+            self.dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[self.meta["dtype"]])
+            self.n = int(self.meta["splits"][split]["tokens"])
+            self.bytes = int(self.meta["splits"][split]["bytes"])
+            self.vocab_size = int(self.meta["vocab_size"])
             self.eot_id = self.meta["eot_id"]
-            self.file = open(self.path, "rb")
-            size = os.fstat(self.file.fileno()).st_size
-        except (KeyError, TypeError, OSError) as error:
-            raise UserError(f"{self.path} cannot be read (meta.json, {error!r}): prepare it anew.") from None
+        check(self.path.is_file(), f"{self.path} is missing: run tokenize.py prepare again.")
+        self.file = open(self.path, "rb")
+        size = os.fstat(self.file.fileno()).st_size
         check(size == self.n * self.dtype.itemsize, f"{self.path} is cut off: {size} bytes, where meta.json "
               f"counts {self.n} tokens of {self.dtype.itemsize}; run tokenize.py prepare again.")
         check(self.n >= 2, f"{self.path} has {self.n} tokens, too few to predict one: prepare more text.")
@@ -1113,8 +1235,9 @@ def open_data(specs) -> tuple[list[Tokens], list[Tokens], list[float]]:
     """Open FOLDER or FOLDER:WEIGHT, several -> training splits, validation splits, weights."""
     folders, weights = [], []
     for spec in specs:
-        folder, weight = re.fullmatch(r"(.+?)(?::(\d*\.?\d+))?", spec).groups("1")
-        check(float(weight) > 0, f"--data {spec}: a weight has to be above zero.")
+        found = re.fullmatch(r"(.+?)(?::(\d*\.?\d+))?", spec)
+        check(found and float(found[2] or 1) > 0, f"--data {spec!r}: write FOLDER or FOLDER:WEIGHT, above 0.")
+        folder, weight = found.groups("1")
         check(Path(folder).is_dir(), f"There is no data folder {folder}: tokenize.py prepare makes one.")
         folders.append(folder)
         weights.append(float(weight))
@@ -1127,9 +1250,13 @@ def read_tokenizer(path: str | Path) -> bytes:
     return Path(path).read_bytes()
 
 def fingerprint(sources: list[Tokens]) -> list:
-    """Note enough of data folders to notice that one is not what it was: sizes, files, tokenizer."""
-    tokenizers = [seed_of(read_tokenizer(t.folder / "tokenizer.json")) for t in sources]
-    return [[t.n, t.meta.get("files_sha256"), seed] for t, seed in zip(sources, tokenizers, strict=True)]
+    """Note enough of data folders to notice that one is not what it was: size, tokenizer, 64 stretches."""
+    found = []
+    for t in sources:
+        places = np.linspace(0, t.n - 1, 64).astype(int)
+        sample = seed_of(*(t.read(int(i), min(2**16, t.n)).tobytes() for i in places))
+        found.append([t.n, sample, seed_of(read_tokenizer(t.folder / "tokenizer.json"))])
+    return found
 
 class Batches:
     """Give a rank its micro-batches of each step, read one step ahead.
@@ -1150,7 +1277,7 @@ class Batches:
     def read(self, step: int, taken: list[int]):
         """Read a rank's part of a step -> [(inputs, targets, documents)], windows of all ranks, `taken`."""
         o, taken = self.o, list(taken)
-        count = windows_at(step, o.tokens_per_step // self.T, o.batch_ramp, self.world)
+        count = o.tokens_per_step // self.T
         rng = np.random.default_rng([o.seed, step])
         plan = []  # (source, position in its order) of each window of the global batch
         for source in rng.choice(len(self.share), count, p=self.share).tolist():
@@ -1186,16 +1313,6 @@ class Batches:
             batches = [tuple(t if t is None else t.pin_memory() for t in batch) for batch in batches]
         return [tuple(t if t is None else t.to(self.device, non_blocking=True) for t in b) for b in batches]
 
-def windows_at(step: int, full: int, ramp_steps: int, world: int = 1) -> int:
-    """Count the sequences of a step: while the batch ramps, from an eighth to all, in multiples of the ranks.
-
-    >>> [windows_at(s, 64, 4) for s in range(6)]
-    [8, 22, 36, 50, 64, 64]
-    """
-    if step >= ramp_steps:
-        return full
-    return max(1, int(full * (0.125 + 0.875 * step / ramp_steps)) // world) * world
-
 @torch.no_grad()
 def evaluate(model, tokens: Tokens, T: int, B: int = 16, limit: int | None = None, *, forward=None,
              share=None, doc_mask: bool = False) -> dict:
@@ -1227,7 +1344,9 @@ def evaluate_mixture(evaluate_one: Callable, sources: list[Tokens], weights) -> 
     total = {name: float(share @ [r[name] for r in results]) for name in results[0]}
     total["val_tokens"] = sum(r["val_tokens"] for r in results)
     if len(sources) > 1:
-        total |= {f"val_loss_{t.folder.name}": r["val_loss"] for t, r in zip(sources, results, strict=True)}
+        names = [t.folder.name for t in sources]
+        names = names if len(set(names)) == len(names) else [str(t.folder) for t in sources]
+        total |= {f"val_loss_{name}": r["val_loss"] for name, r in zip(names, results, strict=True)}
     return total
 
 
@@ -1241,6 +1360,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    known = name.split(":")[0] in ("cpu", "cuda", "mps")
+    check(known, f"--device is auto, cpu, cuda or mps; not {name!r}.")
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -1289,7 +1410,10 @@ def setup_distributed(device: str = "auto", timeout: float = 600, **more) -> Ran
     """
     if "RANK" not in os.environ:
         return Ranks(device=pick_device(device))
-    rank, local, world = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    check(not missing, f"RANK is set, and {', '.join(missing)} not: start several processes with torchrun.")
+    rank, local, world = (int(os.environ[name]) for name in names[:3])
     if device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(local)  # before the first tensor: else every rank opens a context on GPU 0
         device = f"cuda:{local}"
@@ -1338,10 +1462,15 @@ class Optimizer:
                 for part in self.parts for p, state in part.state.items() for key, value in state.items()}
 
     def load_state_dict(self, tensors: dict) -> None:
+        """Take the state that `state_dict` gave; before the first step there is none."""
         for part in self.parts:
+            found = set()  # the names of state that a parameter has: they have to be the same for all
             for p in (p for group in part.param_groups for p in group["params"]):
                 name = self.names[p] + "/"
                 own = {key.removeprefix(name): v for key, v in tensors.items() if key.startswith(name)}
+                found.add(tuple(sorted(own)))
+                fits = all(v.is_floating_point() and v.shape in ((), p.shape) for v in own.values())
+                check(fits and len(found) == 1, f"The optimizer's state of {name} does not fit: start anew.")
                 part.state[p] = {key: v.to(p.device) for key, v in own.items()}
 
 def build_optimizer(model, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), stand_ins=None):
@@ -1387,10 +1516,28 @@ def lr_at(step: int, max_steps: int, warmup_steps: int, schedule="cosine", min_l
 # ---- Options: declared once, as the command's, the run's record, and what a test builds
 
 def opt(panel: str, help: str, *names: str, low=None, above=None, one_of=None, **more):
-    """Declare an option of a dataclass, with its range: Annotated[int, opt("Run", "Steps.", low=1)] = 6."""
-    option = typer.Option(*names, help=help, rich_help_panel=panel, **more)
+    """Declare an option with its range: Annotated[int, opt("Run", "Steps.", low=1)] = 6.
+
+    The command line checks the range, and so does a dataclass of options, whoever builds it.
+    """
+
+    def check_typed(param: typer.CallbackParam, value):
+        check_range(param.opts[-1], value, option)
+        return value
+
+    option = typer.Option(*names, help=help, rich_help_panel=panel or None, **{"callback": check_typed} | more)
     option.limits = (low, above, one_of)
     return option
+
+def check_range(name: str, value, option) -> None:
+    """Refuse what is below an option's range, not among its choices, or larger than makes sense anywhere."""
+    low, above, one_of = option.limits
+    if isinstance(value, (int, float)):
+        enough = value > above if above is not None else low is None or value >= low
+        words = f"above {above}" if above is not None else f"at least {low}" if low is not None else "a number"
+        check(enough and abs(value) < 2**31, f"{name} is {value}; it has to be {words} (and below 2^31).")
+    if one_of and value is not None:
+        check(value in one_of, f"{name} is one of {', '.join(one_of)}; not {value!r}.")
 
 def restore(ctx: typer.Context, folder: str | None):
     """Make the options of the run in `folder` the defaults of this command line: what is typed wins."""
@@ -1410,7 +1557,7 @@ class RunOptions:
     command: ClassVar[str] = "pretrain"  # a run goes on with the command that began it
     changeable: ClassVar[set] = {  # by a run that goes on
         "max_steps", "device", "micro_batch", "save_interval", "eval_interval", "eval_tokens", "recompute",
-        "target_loss", "patience", "resume", "overwrite", "out"}
+        "target_loss", "patience", "resume", "overwrite", "out", "data"}  # (what data holds is compared)
     out: Annotated[str, opt("Run", "Checkpoint folder to write.")] = "out/python"
     max_steps: Annotated[int, opt("Run", "Optimizer steps: more learn more and take longer.", low=1)] = 1000
     eval_interval: Annotated[int, opt("Run", "Steps between evaluations.", low=1)] = 250
@@ -1435,7 +1582,8 @@ class RunOptions:
 
     def __post_init__(self):
         """Apply --set to the settings, and refuse what is out of range."""
-        options = {f.name: getattr(f.type, "__metadata__", [SETTING])[0] for f in dataclasses.fields(self)}
+        types = {f.name: f.type for f in dataclasses.fields(self)}
+        options = {name: getattr(kind, "__metadata__", [SETTING])[0] for name, kind in types.items()}
         self.fields_set = {}  # the rest of --set: fields of Config
         for item in self.set:
             name, equals, value = item.partition("=")
@@ -1444,21 +1592,15 @@ class RunOptions:
             with contextlib.suppress(ValueError):
                 value = json.loads(value)
             if name in options:
-                kind = type(getattr(type(self), name))
-                check(is_a(value, kind), f"--set {name} is a {kind.__name__}, not {value!r}.")
                 setattr(self, name, value)
             else:
                 self.fields_set[name] = value
         for name, option in options.items():
             value = getattr(self, name)
-            low, above, one_of = option.limits
-            flag = "--" + name.replace("_", "-")
-            if isinstance(value, (int, float)):
-                enough = value > above if above is not None else low is None or value >= low
-                words = f"at least {low}" if above is None else f"above {above}"
-                check(enough and math.isfinite(value), f"{flag} is {value}; it has to be {words}.")
-            if one_of:
-                check(value in one_of, f"{flag} is one of {', '.join(one_of)}; not {value!r}.")
+            flag = "--" + name.replace("_", "-") if option is not SETTING else f"--set {name}"
+            declared = getattr(types[name], "__origin__", types[name])
+            check(fits(value, declared), f"{flag} is {value!r}; it has to be a {kind_of(declared).__name__}.")
+            check_range(flag, value, option)
         check(self.grad_clip > 0, "--set grad_clip=0 would make every gradient zero; 1e9 never clips.")
         check(self.min_lr <= 1, f"--set min_lr={self.min_lr}: it is a fraction of --lr, at most 1.")
 
@@ -1478,7 +1620,6 @@ class TrainOptions(RunOptions):
                                 one_of=("auto", "on", "off"))] = "auto"
     recompute: Annotated[bool, opt("Machine", "Less memory, a quarter more time.", "--recompute")] = False
     eval_tokens: int = 100_000  # validation tokens of each evaluation but the last, which takes all; 0: all
-    batch_ramp: int = 0  # steps over which the batch grows from an eighth
     doc_mask: bool = False  # tokens see their own document only
 
 def command(kind: type, main: Callable) -> Callable:
@@ -1554,6 +1695,7 @@ def make_config(o: TrainOptions, tokens: Tokens, saved: bool = False, **fields) 
 
 def derive(o: TrainOptions, config: Config, world: int, device: torch.device) -> None:
     """Fill in the options that follow from the rest; world: how many ranks read different tokens."""
+    check_memory(config, device, 4 / world)
     windows = o.tokens_per_step // config.seq_len
     near = config.seq_len * world * max(1, round(windows / world))
     whole = o.tokens_per_step % (config.seq_len * world) == 0
@@ -1597,6 +1739,7 @@ class Run:
         self.good = saved.get("good", 0)  # updates since one was last skipped
         self.skipped = saved.get("skipped", 0)
         self.bad = 0  # updates skipped one after the other
+        self.sound = True  # was the last loss a number?
         self.eval_seconds = 0.0
         self.asked = False  # to stop
         self.values, self.result = {}, {}
@@ -1606,12 +1749,12 @@ class Run:
     def steps(self) -> Iterator[tuple[int, float]]:
         """Yield (step, learning rate) for each step that is left; what is due happens between two of them."""
         o = self.o
-        handlers = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         if not self.at:
             self.save()  # a disk that cannot be written to shows now, and any later kill can be resumed
         if self.ranks.rank == 0:  # lines after the checkpoint, or half a line, are dropped
             save_files(o.out, {"metrics.jsonl": "".join(json.dumps(r) + "\n" for r in self.records)})
         peak = peak_flops(self.ranks.device, DTYPES[o.dtype]) * self.ranks.world if self.flops else 0.0
+        handlers = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             with progress("step", o.max_steps, self.at) as show:
                 while self.at < o.max_steps and "stop" not in self.result:
@@ -1623,7 +1766,7 @@ class Run:
                     show(self.at, self.log_step(lr, time.perf_counter() - began, peak))
                     if sum_over_ranks(torch.tensor(float(self.asked), device=self.ranks.device)) > 0:
                         self.save()
-                        say(f"Stopped after step {self.at}; --resume {o.out} goes on from there.")
+                        say(f"Stopped at step {self.saved_at}; --resume {o.out} goes on from there.")
                         raise KeyboardInterrupt
                     if self.at % o.eval_interval == 0 and self.at < o.max_steps:
                         self.evaluate(last=False)
@@ -1646,7 +1789,8 @@ class Run:
         if tensors:  # the one moment in a step when the host waits for the device: no update is made of a NaN
             metrics |= zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)
         self.note(**metrics)
-        fine = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+        self.sound = math.isfinite(metrics["loss"])
+        fine = self.sound and math.isfinite(metrics["grad_norm"])
         if fine:
             optimizer.set_lr(lr)
             optimizer.step()
@@ -1663,7 +1807,7 @@ class Run:
             what = f"The loss or the gradient is not finite, up to step {self.at + 1}"
             say(f"{what}: the update is skipped ({self.skipped} so far).")
             check(self.bad < 5 or self.scale > 1, f"{what}, {self.bad} times running. {self.o.out} holds "
-                  f"step {self.saved_at}, which was good; a lower --lr or more --warmup-steps may help.")
+                  f"step {self.saved_at}; begin anew with a lower --lr or more --warmup-steps.")
         return fine
 
     def note(self, **metrics) -> None:
@@ -1696,6 +1840,10 @@ class Run:
         say(f"step {self.at}: {', '.join(words)} after {seconds:.1f} s. {self.result.get('stop', '')}")
 
     def save(self, finished: bool = False) -> None:
+        """Write a checkpoint; not while the loss is no number: what the folder holds is better."""
+        if not self.sound:
+            check(not finished, f"The loss is no number at the end: {self.o.out} holds step {self.saved_at}.")
+            return
         state = {name: getattr(self, name) for name in ("at", "scale", "good", "skipped")}
         state |= {"finished": finished, "command": self.o.command, "options": dataclasses.asdict(self.o)}
         self.write_checkpoint(Path(self.o.out), state)
@@ -1738,7 +1886,8 @@ def console():
 def say(message: str = "", **style) -> None:
     """Print to standard error (standard output is for results), from rank 0 alone."""
     if int(os.environ.get("RANK", 0)) == 0:
-        console().print(message, **style)
+        with contextlib.suppress(OSError):  # a full disk behind it ends no run
+            console().print(message, **{"markup": False, "emoji": False} | style)
 
 @contextlib.contextmanager
 def progress(what: str, total: int, done: int = 0):
@@ -1769,9 +1918,13 @@ def run_app(app: Callable) -> None:
         app()
     except SystemExit as done:  # typer's way to end
         code = done.code
-    except UserError as error:
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         traceback.clear_frames(error.__traceback__)  # ends the generators on its way, and their bars
-        say(f"error: {error}", markup=False, style="red")
+        words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(3)  # where all ranks refuse, rank 0 says it and torchrun ends this one meanwhile
+        with contextlib.suppress(OSError):
+            console().print(f"error: {words}", style="red", markup=False, emoji=False)
         code = 2
     except KeyboardInterrupt:
         code = 130

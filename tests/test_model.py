@@ -159,7 +159,7 @@ def test_older_config_json():
         "rope_scaling": None, "eos_token_id": [7, 8],
     }
     config = config_from_hf(hf)
-    assert (config.rope_theta, config.head_dim, config.n_kv_head, config.eos_id) == (5000.0, 8, 4, 7)
+    assert (config.rope_theta, config.head_dim, config.n_kv_head, config.eos_id) == (5000.0, 8, 4, (7, 8))
     assert config.tie is False
 
 
@@ -538,6 +538,11 @@ def test_dropout():
     plain = make()(tokens)[0]
     assert torch.equal(net(tokens)[0], plain)  # off in evaluation
     assert not torch.allclose(net.train()(tokens)[0], plain)
+    for part in ("self_attn.o_proj", "mlp.down_proj"):  # what either half adds to the residual stream
+        half = make(dropout=0.5).train()
+        for i in range(TINY.n_layer):
+            half.get_submodule(f"layers.{i}.{part}").weight.data.zero_()
+        assert not torch.allclose(half(tokens)[0], half.eval()(tokens)[0])
 
 
 def test_bf16_activations_are_close():
@@ -610,10 +615,62 @@ def test_rows_of_a_cache_in_any_order(window):
     close(net(ends, cache=cache)[0], want[:, 7:])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_cache_in_any_order_of_events(window):
+    """Rows step, take a step back, leave, come twice, and the cache grows: a row's logits are what its own
+    tokens give alone and uncached."""
+    hypothesis = pytest.importorskip("hypothesis")
+    from hypothesis import strategies as st
+
+    net = make(window=window, seq_len=64)
+    token = st.integers(0, 63)
+    rows = st.lists(st.integers(0, 5), min_size=1, max_size=4)
+    event = st.one_of(st.tuples(st.just("step"), st.lists(token, min_size=6, max_size=6)),
+                      st.tuples(st.just("select"), rows), st.tuples(st.just("grow"), st.integers(1, 3)),
+                      st.tuples(st.just("rewind"), st.just(1)))
+
+    @hypothesis.settings(max_examples=40, deadline=None, database=None)
+    @hypothesis.given(st.lists(st.lists(token, min_size=1, max_size=5), min_size=1, max_size=4),
+                      st.lists(event, max_size=12))
+    def hold(prompts, events):
+        texts = [list(p) for p in prompts]
+        T = max(map(len, texts))
+        x = torch.tensor([t + [0] * (T - len(t)) for t in texts])
+        positions = torch.tensor([[i if i < len(t) else -1 for i in range(T)] for t in texts])
+        cache = Cache(net.config, len(texts), T)
+        net(x, positions=positions, cache=cache)
+        written = []  # whether the last slots hold a token of every row
+        for what, how in events:
+            if what == "select":
+                keep = [i % len(texts) for i in how]
+                texts = [list(texts[i]) for i in keep]
+                cache.select(keep)
+            elif what == "grow":
+                cache.grow(how)
+            elif what == "rewind" and written:
+                written.pop()
+                cache.rewind(cache.n - 1)
+                texts = [t[:-1] for t in texts]
+            elif what == "step":
+                if cache.n == cache.positions.shape[1]:
+                    cache.grow(1)
+                new = how[: len(texts)]
+                at = torch.tensor([[len(t)] for t in texts])
+                logits = net(torch.tensor(new)[:, None], positions=at, cache=cache, output="last")[0][:, -1]
+                texts = [[*t, n] for t, n in zip(texts, new, strict=True)]
+                written.append(True)
+                for row, text in zip(logits, texts, strict=True):
+                    close(row, net(torch.tensor([text]))[0][0, -1], 1e-4)
+
+    hold()
+
+
 def test_memory_of_a_cache():
     """Keys and values: layers x rows x key-value heads x slots x head size."""
     for dtype in (torch.float32, torch.bfloat16):
-        assert Cache(TINY, 3, 10, dtype=dtype).nbytes == 2 * 2 * 3 * 2 * 10 * 8 * dtype.itemsize
+        cache = Cache(TINY, 3, 10, dtype=dtype)
+        assert cache.k.nbytes + cache.v.nbytes == 2 * 2 * 3 * 2 * 10 * 8 * dtype.itemsize
 
 
 def test_a_full_cache_says_so():
@@ -897,7 +954,7 @@ def test_device_and_dtype():
     cpu = octavo.pick_device("cpu")
     assert cpu == torch.device("cpu")
     assert octavo.pick_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(UserError, match="cannot be used here"):
+    with pytest.raises(UserError, match="--device is auto, cpu"):
         octavo.pick_device("no-such-device")
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     assert {n: octavo.pick_dtype(n, cpu) for n in named} == named
