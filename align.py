@@ -13,27 +13,28 @@ are the instruction, the function's body is the answer, and `ast` checks it; nob
     python align.py reward                              # out/sft -> out/reward, from the same
     python align.py grpo                                # out/sft -> out/grpo, rewarded by the checks
     python align.py ppo --reward out/reward:0.1 --reward checks
-    python align.py evaluate out/dpo --against out/sft  # --samples 8: pass@k, their vote; --reward: the best
+    python align.py evaluate out/dpo --against out/sft  # --samples 8: pass@k; --reward: the best of them
     python align.py label out/sft                       # which of two answers do you prefer?
 
 A model's text is parsed and compiled, never executed. Left out: images, answers written on other machines.
 
-SFT and rankings: Ouyang et al. 2022 (2203.02155). DPO: Rafailov et al. 2023 (2305.18290); with noisy labels:
-Mitchell 2023 (cDPO). IPO: Azar et al. 2023 (2310.12036). SimPO: Meng et al. 2024 (2405.14734). LoRA: Hu et
-al. 2021 (2106.09685). PPO: Schulman et al. 2017 (1707.06347), for language models Ziegler et al. 2019
-(1909.08593). GRPO: Shao et al. 2024 (2402.03300).
+SFT and rankings: Ouyang et al. 2022. DPO: Rafailov et al. 2023. IPO: Azar et al. 2023. SimPO: Meng et al.
+2024. LoRA: Hu et al. 2021. PPO: Schulman et al. 2017, for language models Ziegler et al. 2019. GRPO: Shao et
+al. 2024. (The numbers below are arXiv's.)
 """
 
 import ast
+import builtins
 import dataclasses
-import difflib
 import functools
 import itertools
 import json
+import keyword
 import math
 import os
 import random
 import re
+import symtable
 import sys
 import textwrap
 import time
@@ -46,7 +47,7 @@ from typing import Annotated, ClassVar, NamedTuple
 
 from model import (  # before torch: it says how OpenMP's threads wait
     DTYPES, Linear, Ranks, Run, RunOptions, Tokens, Transformer, UserError, barrier, build_optimizer, check,
-    clip_gradients, command, console, default_data, find_checkpoint, finish_save, generate, load_model,
+    clip_gradients, command, default_data, find_checkpoint, finish_save, generate, load_model,
     load_state, load_tokenizer, open_run, opt, pick_device, pick_dtype, progress, rank_and_world, render,
     run_app, save_checkpoint, save_files, say, seed_of, setup_distributed, sum_over_ranks, token_losses,
 )
@@ -70,7 +71,8 @@ class Example(NamedTuple):
     trained: list[bool]
 
 def as_example(prompt: list[int], answer: list[int]) -> Example:
-    return Example(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+    trained = [False] * len(prompt) + [True] * len(answer)
+    return Example(prompt + answer, trained)
 
 def pack(lengths: list[int], T: int) -> list[list[int]]:
     """Choose which texts share a row of T tokens: first fit, the longest first.
@@ -103,9 +105,6 @@ def tokens_in(examples: list[Example]) -> int:
     """Count the tokens that answers to one prompt take in a batch, where their trunk stands once."""
     return sum(len(e.ids) for e in examples) - (len(examples) - 1) * trunk_length(examples)
 
-def trained_tokens(examples: list[Example]) -> int:
-    return sum(sum(e.trained[1:]) for e in examples)
-
 class Batch(NamedTuple):
     """Hold n examples in rows. A trunk stands there once: each of its examples sees the trunk and itself."""
 
@@ -127,31 +126,40 @@ class Batch(NamedTuple):
 def collate(items: list[list[Example]], T: int, device="cpu") -> Batch:
     """Lay the examples of all items, each the answers to one prompt, into rows of up to T tokens."""
     n = sum(map(len, items))
-    firsts = list(itertools.accumulate(map(len, items), initial=0))  # number of each item's first example
     sizes = [tokens_in(item) for item in items]
     rows = pack(sizes, max(T, *sizes))
     T = max(sum(sizes[i] for i in row) for row in rows)
-    cells = []  # (id, position, document, trunk) of each place, row after row
-    places = [[]] * n  # where each example's tokens stand
-    for row in rows:
+    numbers = list(itertools.accumulate(map(len, items), initial=0))  # of each item's first example
+    ids = torch.zeros(len(rows) * T, dtype=torch.long)
+    positions, docs, trunks = torch.full((3, len(ids)), -1)
+    places = {}  # where the tokens of each example stand
+    for r, row in enumerate(rows):
+        end = r * T
         for i in row:
-            shared = trunk_length(items[i])
-            trunk = range(len(cells), len(cells) + shared)
-            cells += [(token, p, n + i, n + i) for p, token in enumerate(items[i][0].ids[:shared])]
-            for k, example in enumerate(items[i], firsts[i]):
-                places[k] = [*trunk, *range(len(cells), len(cells) + len(example.ids) - shared)]
-                cells += [(token, p, k, n + i) for p, token in enumerate(example.ids[shared:], shared)]
-        cells += [(0, -1, -1, -1)] * (-len(cells) % T)
-    at, targets, lengths = [], [], []
-    for where, example in zip(places, itertools.chain(*items), strict=True):
-        asked = [j for j in range(1, len(example.ids)) if example.trained[j]]
-        at += [where[j - 1] for j in asked]
-        targets += [example.ids[j] for j in asked]
-        lengths.append(len(asked))
-    lists = (at, targets, np.repeat(np.arange(n), lengths), [where[-1] for where in places], lengths)
-    tensors = [torch.as_tensor(values, dtype=torch.long) for values in lists]
-    columns = torch.tensor(cells).view(len(rows), T, 4).unbind(-1)
-    return Batch(*(t.to(device) for t in (*columns, *tensors)))
+            item = items[i]
+            shared = trunk_length(item)
+            trunk = torch.arange(end, end + shared)
+            parts = [(n + i, 0, item[0].ids[:shared])]  # document, first position, tokens
+            parts += [(k, shared, e.ids[shared:]) for k, e in enumerate(item, numbers[i])]
+            for doc, start, tokens in parts:
+                where = torch.arange(end, end + len(tokens))
+                ids[where] = torch.tensor(tokens, dtype=torch.long)
+                positions[where] = torch.arange(start, start + len(tokens))
+                docs[where] = doc
+                trunks[where] = n + i
+                places[doc] = torch.cat((trunk, where))
+                end += len(tokens)
+    at, targets = [], []
+    for k, example in enumerate(itertools.chain(*items)):
+        asked = torch.tensor(example.trained[1:], dtype=torch.bool)
+        at.append(places[k][:-1][asked])
+        targets.append(ids[places[k][1:][asked]])
+    lengths = torch.tensor([len(a) for a in at])
+    owner = torch.arange(n).repeat_interleave(lengths)
+    last = torch.stack([places[k][-1] for k in range(n)])
+    rows = [column.view(-1, T) for column in (ids, positions, docs, trunks)]
+    tensors = (*rows, torch.cat(at), torch.cat(targets), owner, last, lengths)
+    return Batch(*(values.to(device) for values in tensors))
 
 def sum_by_example(values, batch: Batch):
     """Add up the trained tokens' values of each example: (N,) -> (n,)."""
@@ -220,21 +228,6 @@ def ranking_loss(ranked):
     better, worse = torch.triu_indices(len(ranked), len(ranked), 1)
     return -F.logsigmoid(ranked[better] - ranked[worse]).mean()
 
-def calibration_error(margins, bins: int = 10) -> float:
-    """Compute the expected calibration error (1706.04599) of p(the chosen answer is better) =
-    sigmoid(margin).
-
-    It is the mean distance between p and how often it came true, over bins of p; pairs count both ways.
-
-    >>> calibration_error(torch.tensor([20.0, 20.0, 20.0, -20.0]))  # quite sure, right three times in four
-    0.25
-    """
-    p = torch.cat([margins, -margins]).sigmoid()
-    right = torch.cat([torch.ones_like(margins), torch.zeros_like(margins)])
-    cell = (p * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins).index_add(0, cell, p - right)
-    return round(float(gaps.abs().sum()) / len(p), 6)
-
 # ---- The idea, III: LoRA -----------------------------------------------------------------------------------
 
 class LoRA(Linear):
@@ -257,13 +250,16 @@ class LoRA(Linear):
     def merged(self):
         return self.weight + self.lora_B @ self.lora_A * self.scale
 
+ADAPTED = r"layers\.\d+\.(self_attn|mlp|mlp\.shared_experts)\.\w+_proj"  # every token comes through these
+
 def add_lora(model: Transformer, rank: int, alpha: float, seed: int) -> None:
-    """Put LoRA on the matrices of attention and dense feed-forward parts; freeze the rest but a score
-    head."""
+    """Put LoRA on the matrices of attention and of dense or shared feed-forward parts; freeze the rest but a
+    score head."""
+    check(rank <= model.config.n_embd, f"--lora-rank {rank} is more than the width, {model.config.n_embd}.")
     for name, p in model.named_parameters():
         p.requires_grad_(name == "score.weight")
     for name, module in list(model.named_modules()):
-        if re.fullmatch(r"layers\.\d+\.(self_attn|mlp)\.\w+_proj", name):
+        if re.fullmatch(ADAPTED, name):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, LoRA(module, rank, alpha, seed_of(seed, name)))
 
@@ -279,9 +275,14 @@ def merged(model: Transformer) -> dict:
 
 # ---- The idea, IV: a reward that nobody has to label -------------------------------------------------------
 
-CHECKS = ("parses", "compiles", "defines", "uses", "content", "ends")
-WORK = (ast.Call, ast.BinOp, ast.BoolOp, ast.UnaryOp, ast.Compare, ast.Subscript, ast.Attribute, ast.For,
-        ast.JoinedStr, ast.While, ast.With, ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp)
+# Whatever the prompt alone asks for, a script without a model can do: write code that parses, defines what it
+# should, reads its parameters. So one check, `agrees`, asks for what the prompt keeps back: the author's
+# words.
+
+CHECKS = ("parses", "defines", "known", "fits", "agrees", "ends")
+AGREES = 0.25  # the least F-score of an answer's new words
+KNOWN = {*dir(builtins), "__class__", "__file__"}  # names that need no definition
+VERBS = {"return": ast.Return, "yield": (ast.Yield, ast.YieldFrom), "raise": ast.Raise}
 MAX_CHARS = 10_000
 MAX_DEPTH = 20  # of brackets and of indentation: the parser's time grows with both
 
@@ -294,7 +295,8 @@ def attempt(work: Callable, *args):
         return None
 
 def parse(code: str) -> ast.Module | None:
-    """Parse an answer; None where it is no Python, or longer or deeper than anybody writes."""
+    """Parse an answer; None where parser or compiler refuse it, or it is longer or deeper than anybody
+    writes."""
     depth = deepest = 0
     for c in code:
         depth += (c in "([{") - (c in ")]}")
@@ -302,73 +304,99 @@ def parse(code: str) -> ast.Module | None:
     indent = max((len(line) - len(line.lstrip()) for line in code.splitlines()), default=0)
     if len(code) > MAX_CHARS or deepest > MAX_DEPTH or indent > 4 * MAX_DEPTH:
         return None
-    return attempt(ast.parse, code)
+    tree = attempt(ast.parse, code)
+    return tree if tree and attempt(compile, tree, "<answer>", "exec", 0, True) else None
 
-def compiles(tree: ast.Module) -> bool:
-    """Tell whether the compiler takes what the parser did: no `return` outside, no parameter twice."""
-    return attempt(compile, tree, "<answer>", "exec", 0, True) is not None
+def names_in(code: str) -> tuple[set[str], set[str]]:
+    """Find the names that code defines at its top level, and those that it reads there or as globals.
+
+    >>> names_in("def f(path): return os.stat(path)")
+    ({'f'}, {'os'})
+    """
+    tables = [symtable.symtable(code, "<answer>", "exec")]
+    for table in tables:  # and those that it adds
+        tables += table.get_children()
+    defined = {s.get_name() for s in tables[0].get_symbols() if s.is_assigned() or s.is_imported()}
+    symbols = [s for table in tables for s in table.get_symbols()]
+    return defined, {s.get_name() for s in symbols if s.is_global() and s.is_referenced()}
+
+def fits(node: ast.FunctionDef, params: list[str]) -> bool:
+    """Tell whether a function reads these parameters and does what its docstring says: return, yield,
+    raise."""
+    inside = [n for statement in node.body for n in ast.walk(statement)]
+    read = {n.id for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    said = re.findall(r"\b(return|yield|raise)s?\b", (ast.get_docstring(node) or "").lower())
+    return set(params) <= read and all(any(isinstance(n, VERBS[v]) for n in inside) for v in said)
 
 def words(text: str) -> set[str]:
-    """
-    >>> sorted(words("def readLine(file_name): ..."))
-    ['def', 'file', 'line', 'name', 'read']
-    """
-    return {w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", text) if len(w) > 2}
+    """Split names and text into words of four letters or more, Python's own left out.
 
-def does_something(node: ast.FunctionDef, first_line: int) -> bool:
-    """Tell whether the statements from this line on do any work.
-
-    `pass`, `...`, a docstring, `return None`, `return a, b`, a lone `raise NotImplementedError()` do not, nor
-    does a call of the function itself with its own parameters.
+    >>> sorted(words("def readLine(file_name): return ..."))
+    ['file', 'line', 'name', 'read']
     """
-    params = [a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg) and a.arg != "self"]
-    for call in ast.walk(node):
-        if isinstance(call, ast.Call):
-            name = getattr(call.func, "id", getattr(call.func, "attr", None))
-            given = [getattr(a, "id", None) for a in call.args]
-            if name == node.name and given == params:
-                return False
-    statements = [n for n in ast.walk(node) if isinstance(n, ast.stmt) and n.lineno >= first_line]
-    done = [s for s in statements if not isinstance(s, (ast.Raise, ast.Assert, ast.Pass))]
-    return any(isinstance(n, WORK) for s in done for n in ast.walk(s))
+    found = {w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", text) if len(w) > 3}
+    return found - set(keyword.kwlist)
+
+def agreement(answer: str, author: str, shown: str) -> float:
+    """Compute the F-score of an answer's words against its author's; words of the prompt do not count.
+
+    >>> agreement("Read the next line of a file", "Gives a file's next line", "def f(file): ...")
+    0.666...
+    """
+    mine = words(answer) - words(shown)
+    theirs = words(author) - words(shown)
+    both = len(mine) + len(theirs)
+    return 2 * len(mine & theirs) / both if both else 1.0
+
+def likeness(answer: str, author: str) -> float:
+    """Compute chrF (Popovic 2015): the F-score, recall counting double, of runs of up to six letters.
+
+    It is a second opinion of answers: nothing is trained on it.
+
+    >>> likeness("get_name", "get_names")
+    0.862...
+    """
+    texts = ["".join(text.split()) for text in (answer, author)]
+    lengths = range(1, 1 + min(6, *map(len, texts)))
+    precision = recall = 0.0
+    for n in lengths:
+        mine, theirs = (Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in texts)
+        same = (mine & theirs).total()
+        precision += same / mine.total() / len(lengths)
+        recall += same / theirs.total() / len(lengths)
+    return 5 * precision * recall / (4 * precision + recall) if precision else 0.0
 
 def grade(rules: dict, answer: str, ended: bool) -> dict[str, bool]:
-    """Check an answer -> {one of CHECKS: did it pass}. It is a good one when it passed all.
+    """Check an answer -> {one of CHECKS: did it pass}. The answer passes when it passed all.
 
-    rules: "before" and "after", the text around the answer; "name" of the function; "params"; "task";
-    "shown", the code in the prompt.
+    rules: "before" and "after", the text around the answer; "shown", the prompt; "answer", its author's;
+    "name" of the function; "params" to be read; "known", names that its module defines; "task".
 
-    parses, compiles   the text with the answer in its place
-    defines            it is one function of the name asked for
-    uses               it reads every parameter; of a docstring or a name: it has a word of the code
-    content            it does something; mended code is nearly the broken one; it is no copy of the prompt
-    ends               the model ended its turn by itself
+    parses    Python's parser and compiler take the text with the answer in its place
+    defines   it is one function of the name asked for
+    known     it reads no name that nobody defines
+    fits      it reads every parameter and does what its docstring says
+    agrees    enough of its words that the prompt does not show are its author's; mended code is as it was
+    ends      the model ended its turn by itself
     """
-    task, shown = rules["task"], rules["shown"]
     result = dict.fromkeys(CHECKS, False) | {"ends": ended}
-    tree = parse(rules["before"] + answer + rules["after"]) if answer.strip() else None
+    code, original = (rules["before"] + text + rules["after"] for text in (answer, rules["answer"]))
+    tree = parse(code) if answer.strip() else None
     if tree is None:
         return result
     result["parses"] = True
-    result["compiles"] = compiles(tree)
     node = tree.body[0] if len(tree.body) == 1 else None
     if not isinstance(node, ast.FunctionDef):
         return result
-    result["defines"] = node.name == (answer.strip() if task == "name" else rules["name"])
-    names = [n for s in node.body for n in ast.walk(s) if isinstance(n, ast.Name)]
-    copied = answer.strip() in shown
-    if task in ("doc", "name"):
-        result["uses"] = bool(words(answer) & words(shown))
+    result["defines"] = node.name == (answer.strip() if rules["task"] == "name" else rules["name"])
+    names = attempt(names_in, code)
+    result["known"] = names is not None and names[1] <= {*names[0], *rules["known"], *KNOWN}
+    result["fits"] = fits(node, rules["params"])
+    if rules["task"] == "mend":
+        as_it_was = parse(original) or ast.Pass()
+        result["agrees"] = attempt(ast.dump, tree) == attempt(ast.dump, as_it_was)
     else:
-        result["uses"] = set(rules["params"]) <= {n.id for n in names if isinstance(n.ctx, ast.Load)}
-    if task == "doc":
-        result["content"] = len(answer.split()) >= 3 and not copied
-    elif task == "name":
-        result["content"] = len(answer.strip()) >= 3
-    elif task == "mend":
-        result["content"] = difflib.SequenceMatcher(None, shown, answer, autojunk=False).ratio() > 0.8
-    else:
-        result["content"] = not copied and does_something(node, rules["before"].count("\n") + 1)
+        result["agrees"] = agreement(answer, rules["answer"], rules["shown"]) >= AGREES
     return result
 
 # ---- The idea, V: learning from one's own answers ----------------------------------------------------------
@@ -405,13 +433,6 @@ def clipped_loss(log_ratio, advantages, low: float = 0.2, high: float = 0.2):
     """
     ratio = log_ratio.exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
-
-def beyond_clip(log_ratio, advantages, low: float, high: float):
-    """Mark the tokens that the clip holds back: (N,), 0 or 1."""
-    ratio = log_ratio.detach().exp()
-    up = (ratio > 1 + high) & (advantages > 0)
-    down = (ratio < 1 - low) & (advantages < 0)
-    return (up | down).float()
 
 def value_loss(values, old, returns, clip: float = 0.2):
     """Compute (V - R)^2 / 2, or the same of a V that moved from its old value by `clip` only, where that is
@@ -464,30 +485,47 @@ TASKS = {
     "mend": "Mend this broken code.",
     "continue": "Continue this code.",
 }
+SIGNS = re.compile(r"(?<!\w)[()\[\]{}.,:=]|[()\[\]{}.,:=](?!\w)")  # without which no two words run together
+BORDERS = re.compile(r"(?<!\w)|(?!\w)")
 
-def find_functions(text: str) -> Iterator[tuple[ast.FunctionDef, list[str]]]:
-    """Find a module's functions and methods, each with its lines, dedented; none with tabs or on one line."""
+def find_functions(text: str) -> Iterator[tuple[ast.FunctionDef, list[str], list[str]]]:
+    """Find a module's functions and methods of up to 60 lines, each with its lines, dedented, and the names
+    that the module defines; none with tabs, on one line, or inside another function, whose names it may use.
+    """
     lines = re.split(r"\r\n|\r|\n", text)  # not splitlines: a form feed ends no line for ast
-    for node in ast.walk(attempt(ast.parse, text) or ast.Module([], [])):
-        if isinstance(node, ast.FunctionDef) and node.body[0].lineno > node.lineno:
-            own = "\n".join(lines[node.lineno - 1 : node.end_lineno])
-            if "\t" not in own:
-                yield node, textwrap.dedent(own).split("\n")
+    often = Counter(re.findall(r"\w+", text))
+    defined, _ = attempt(names_in, text) or ((), ())
+    known = sorted(name for name in defined if often[name] > 1)  # the others nobody uses
+    scopes = [attempt(ast.parse, text) or ast.Module([], [])]
+    for scope in scopes:  # and the classes that it adds
+        for node in scope.body:
+            if isinstance(node, ast.ClassDef):
+                scopes.append(node)
+            elif isinstance(node, ast.FunctionDef) and node.body[0].lineno > node.lineno:
+                own = lines[node.lineno - 1 : node.end_lineno]
+                if len(own) <= 60 and "\t" not in "".join(own):
+                    yield node, textwrap.dedent("\n".join(own)).split("\n"), known
 
 def break_code(code: str, rng: random.Random) -> str | None:
-    """Make one mistake that keeps code from parsing: a colon, bracket or quote goes, or a line is shifted."""
-    places = [m.start() for m in re.finditer(r"(?m):$|[()\[\]{}'\"]", code)]
-    places += [m.end() for m in re.finditer(r"\n +", code)]
-    for place in rng.sample(places, len(places)):
-        shifted = code[:place] + " " + code[place:]
-        broken = shifted if code[place - 1] == " " else code[:place] + code[place + 1 :]
-        if parse(broken) is None:
-            return broken
+    """Leave out a sign without which code does not parse, and which the parser would take in three other
+    places of the line, too, all between words: trying does not tell which one is meant."""
+    signs = list(SIGNS.finditer(code))
+    for sign in rng.sample(signs, len(signs)):
+        i = sign.start()
+        broken = code[:i] + code[i + 1 :]
+        line = (code.rfind("\n", 0, i) + 1, f"{broken}\n".index("\n", i))
+        forms = set()
+        for border in BORDERS.finditer(broken, *line) if parse(broken) is None else ():
+            place = border.start()
+            tree = attempt(ast.parse, broken[:place] + sign.group() + broken[place:])
+            forms |= {ast.dump(tree)} if tree else set()
+            if len(forms) > 3:
+                return broken
     return None
 
-def make_instructions(node: ast.FunctionDef, lines: list[str], rng: random.Random) -> Iterator[dict]:
-    """Make the tasks that a function is good for: {"messages", "task", "check"}, with its author's
-    answers."""
+def make_instructions(node: ast.FunctionDef, lines, known, wanted, rng: random.Random) -> Iterator[dict]:
+    """Make those of the wanted tasks that a function is good for: {"messages", "task", "check"}, with its
+    author's answers."""
     doc = ast.get_docstring(node)
     start = node.body[0].lineno - node.lineno  # the first line of the docstring, or of the body
     after_doc = node.body[0].end_lineno - node.lineno + 1 if doc else start
@@ -500,138 +538,193 @@ def make_instructions(node: ast.FunctionDef, lines: list[str], rng: random.Rando
     if not body.strip() or (doc and len(node.body) == 1):
         return
 
-    def record(task, shown, answer, before, after=""):
+    def record(task, shown, answer, before, after="", params=()):
         question = {"role": "user", "content": f"{TASKS[task]}\n\n{shown}"}
-        rules = {"task": task, "before": before, "after": after, "shown": shown, "name": node.name}
-        return {"messages": [question, {"role": "assistant", "content": answer}], "task": task,
-                "check": rules | {"params": params}}
+        rules = {"task": task, "before": before, "after": after, "shown": question["content"],
+                 "answer": answer, "name": node.name, "params": list(params), "known": known}
+        reply = {"role": "assistant", "content": answer}
+        return {"messages": [question, reply], "task": task, "check": rules}
 
     summary = (doc or "").strip().split("\n\n")[0].strip()
     if summary and '"""' not in summary and "\\" not in summary and summary[-1] != '"':
         summary = textwrap.indent(summary, indent).strip()
         described = f'{signature}\n{indent}"""{summary}"""'
         if params:
-            yield record("body", described, body, described + "\n")
+            yield record("body", described, body, described + "\n", params=params)
         yield record("doc", bare, summary, f'{signature}\n{indent}"""', f'"""\n{body}')
     if re.fullmatch(r"(?i)[a-z_]\w{2,}", node.name):
         nameless = bare.replace(f"def {node.name}(", "def _(", 1)
         yield record("name", nameless, node.name, "def ", bare[len(f"def {node.name}") :])
-    if broken := break_code(bare, rng):
+    if "mend" in wanted and (broken := break_code(bare, rng)):
         yield record("mend", broken, bare, "")
     statements = node.body[1:] if doc else node.body
     if len(statements) > 1:
         cut = statements[rng.randrange(1, len(statements))].lineno - node.lineno
         shown = "\n".join(lines[:cut])
-        yield record("continue", shown, "\n".join(lines[cut:]).strip("\n"), shown + "\n")
+        yield record("continue", shown, "\n".join(lines[cut:]).strip("\n"), shown + "\n", params=params)
 
-def take_apart(folder: str, split: str, seed: int) -> Iterator[dict]:
-    """Make the instructions of each function in one split of a data folder, its modules in a random order."""
-    tokens = Tokens(folder, split)
+def read_modules(folder: str, split: str, seed: int) -> Iterator[str]:
+    """Read one split's modules in a random order; "val" and "test" are halves of the validation split."""
+    tokens = Tokens(folder, "train" if split == "train" else "val")
     tokenizer = load_tokenizer(folder)
     ids = tokens.read(0, tokens.n)
-    modules = np.split(ids, np.flatnonzero(ids == tokens.eot_id) + 1)
-    rng = random.Random(seed_of(seed, split))
-    seen = set()
-    for i in rng.sample(range(len(modules)), len(modules)):
-        text = tokenizer.decode(modules[i][modules[i] != tokens.eot_id].tolist())
-        for node, lines in find_functions(text):
-            if len(lines) <= 60 and (key := "\n".join(lines)) not in seen:
-                seen.add(key)
-                yield from make_instructions(node, lines, rng)
+    modules = [m for m in np.split(ids, np.flatnonzero(ids == tokens.eot_id) + 1) if len(m)]
+    random.Random(seed).shuffle(modules)
+    half = {"train": slice(None), "val": slice(0, None, 2), "test": slice(1, None, 2)}[split]
+    for module in modules[half]:
+        yield tokenizer.decode(module[module != tokens.eot_id].tolist())
 
-def instructions_of(folder: str, split: str, limit: int, max_tokens: int, seed: int):
-    """Make instructions from one split of a data folder, at most `limit` a task, whose answers pass the
-    checks -> records, and a count of what is dropped."""
+def nearly_seen(lines: list[str], seen: set) -> bool:
+    """Tell whether half of a function's pairs of lines stood in functions before, and remember them all."""
+    pairs = set(itertools.pairwise(lines))
+    new = pairs - seen
+    seen |= pairs
+    return len(new) <= len(pairs) / 2
+
+def find_flaw(record: dict, tokenizer, max_tokens: int) -> str | None:
+    """Say why an instruction is of no use, if it is: its author's answer has to pass the checks, too."""
+    rules = record["check"]
+    answer = rules["answer"]
+    if record["task"] != "mend" and words(answer) <= words(rules["shown"]):
+        return "with answers that only repeat words of the prompt"
+    if not all(grade(rules, answer, True).values()):
+        return "with answers that fail the checks"
+    longer = len(render(tokenizer, record["messages"])[0]) > max_tokens
+    return "longer than the context" if longer else None
+
+def instructions_of(folder: str, split: str, limit: int, max_tokens: int, seed: int, seen: set | None = None):
+    """Make instructions from one split of a data folder, at most `limit` a task -> records, and a count of
+    what is left out. seen: what `nearly_seen` remembers of other splits."""
     tokenizer = load_tokenizer(folder)
-    records, counts, dropped = [], Counter(), Counter()
+    rng = random.Random(seed_of(seed, split))
+    seen = set() if seen is None else seen
+    records, counts, left_out = [], Counter(), Counter()
+    found = itertools.chain.from_iterable(map(find_functions, read_modules(folder, split, seed)))
     with progress(f"{split}: reading functions", limit * len(TASKS)) as show:
-        for record in take_apart(folder, split, seed):
-            task = record["task"]
-            if counts[task] >= limit:
-                if len(records) == limit * len(TASKS):
-                    break
-            elif not all(grade(record["check"], record["messages"][1]["content"], True).values()):
-                dropped["dropped for failing the checks"] += 1
-            elif len(render(tokenizer, record["messages"])[0]) > max_tokens:
-                dropped["dropped for being longer than the context"] += 1
-            else:
-                counts[task] += 1
-                records.append(record)
-                show(len(records))
-    return records, dropped
+        for node, lines, known in found:
+            wanted = [task for task in TASKS if counts[task] < limit]
+            if not wanted:
+                break
+            if nearly_seen(lines, seen):
+                left_out["functions like others"] += 1
+                continue
+            for record in make_instructions(node, lines, known, wanted, rng):
+                if record["task"] in wanted:
+                    flaw = find_flaw(record, tokenizer, max_tokens)
+                    left_out.update([flaw] if flaw else ())
+                    counts[record["task"]] += not flaw
+                    records += [] if flaw else [record]
+            show(len(records))
+    return records, left_out
 
 # ---- Reading what people have: Alpaca, Dolly, ShareGPT, messages; pairs and rankings -----------------------
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
          "system": "system", "tool": "tool", "function": "tool", "observation": "tool"}
+ASKED = ("messages", "conversations", "prompt", "instruction")  # OpenAI, ShareGPT, trl, Alpaca and Dolly
+ANSWERED = ("output", "response", "completion", "chosen")  # Alpaca, Dolly, trl
 
 def read_lines(path: str | Path, read: Callable) -> Iterator:
-    """Read JSON lines -> read(record) of each; a UserError has the number of the line that `read` refuses."""
-    finish_save(Path(path).parent)
-    check(Path(path).exists(), f"{path} is missing: `python align.py data` and `pairs` make the defaults.")
-    number = 0
-    try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                number += 1
-                if line.strip():
-                    record = json.loads(line)
-                    if not isinstance(record, dict):
-                        raise ValueError("it is not a JSON object")
-                    yield read(record)
-    except (OSError, ValueError) as error:  # (a JSONDecodeError, or text that is no UTF-8, is a ValueError)
-        raise UserError(f"{path}, line {number}: {error}.") from None
+    """Read JSON lines -> read(record) of each; a UserError has the number of the line that `read` refuses.
 
-def read_turns(value, role: str, name: str) -> list[dict]:
-    """Read a text, or messages in OpenAI's form (role, content) or ShareGPT's (from, value)."""
+    `read` takes out of a record what it uses: what is left anywhere is named at the end.
+    """
+    number = 0
+    unused = set()
+    try:
+        finish_save(Path(path).parent)
+        there = os.path.isfile(path)
+        check(there, "it is missing, or no file: `python align.py data` and `pairs` make the defaults")
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                line = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if line:
+                    record = json.loads(line)
+                    check(isinstance(record, dict), "It is not a JSON object")
+                    json.dumps(record, ensure_ascii=False).encode()  # half a character is an error
+                    yield read(record)
+                    unused |= record.keys() - {"task", "check", "held_out"}
+    except UnicodeError as error:
+        raise UserError(f"{path}, line {number} is not UTF-8, or has half a character: {error}.") from None
+    except (UserError, OSError, ValueError, RecursionError) as error:
+        where = f"{path}, line {number}" if number else path
+        raise UserError(f"{where}: {str(error).rstrip('.')}.") from None
+    if unused:
+        say(f"{path}: not used of it: {', '.join(sorted(unused))}", markup=False)
+
+def first_of(names: tuple[str, ...], record: dict) -> str:
+    """Find the name that a record has, of those that mean the same."""
+    found = [name for name in names if name in record]
+    check(found, f"It lacks {' or '.join(names)}")
+    return found[0]
+
+def read_text(record: dict, name: str) -> str:
+    """Take out a text, empty where there is none."""
+    text = record.pop(name, None) or ""
+    check(isinstance(text, str), f"{name!r} is not a text")
+    return text
+
+def read_turns(record: dict, name: str, role: str) -> list[dict]:
+    """Take out a text, or messages in OpenAI's form (role, content) or ShareGPT's (from, value)."""
+    value = record.pop(name)
     if isinstance(value, str):
-        return [{"role": role, "content": value}]
+        value = {"role": role, "content": value}
     turns = []
-    for item in value if isinstance(value, list) and value else [{}]:
-        item = item if isinstance(item, dict) else {}
-        text = item.get("content", item.get("value"))
-        speaker = item.get("role", item.get("from"))
-        if speaker not in ROLES or not isinstance(text, str):
-            raise ValueError(f"{name!r} is neither a text nor messages, each with a text and a known role")
+    for message in value if isinstance(value, list) and value else [value]:
+        message = dict(message) if isinstance(message, dict) else {}
+        speaker = message.pop("from" if "from" in message else "role", None)
+        text = message.pop("value" if "value" in message else "content", None)
+        known = isinstance(speaker, str) and speaker in ROLES and isinstance(text, str)
+        check(known, f"{name!r} is neither a text nor messages, each with a text and a known role")
+        record |= {f"{name}: {field}": None for field in message}
         turns.append({"role": ROLES[speaker], "content": text})
     return turns
 
 def read_prompt(record: dict) -> list[dict]:
-    """Read what is asked, in any of the usual forms: "messages" (OpenAI; with the answers), "conversations"
-    (ShareGPT; the same), "prompt", or "instruction" with "input" (Alpaca) or "context" (Dolly) after it."""
-    for name in ("messages", "conversations", "prompt"):
-        if name in record:
-            return read_turns(record[name], "user", name)
-    if "instruction" not in record:
-        raise ValueError("it has neither messages, conversations, prompt nor instruction")
-    prompt = read_turns(record["instruction"], "user", "instruction")
-    more = record.get("input") or record.get("context")
-    prompt[0]["content"] += f"\n\n{more}" if more else ""
-    return prompt
+    """Take out what is asked: one of ASKED (messages and conversations have the answers in them), Alpaca's
+    "input" or Dolly's "context" after it, "system" and "history" (pairs of question and answer) before."""
+    name = first_of(ASKED, record)
+    turns = read_turns(record, name, "user")
+    if name == "instruction" and (more := read_text(record, "input") or read_text(record, "context")):
+        turns[-1]["content"] += f"\n\n{more}"
+    before = []
+    if system := read_text(record, "system"):
+        before.append({"role": "system", "content": system})
+    history = record.pop("history", None) or []
+    check(isinstance(history, list), "'history' is not a list")
+    for pair in history:
+        known = isinstance(pair, list) and [type(text) for text in pair] == [str, str]
+        check(known, "'history' is not a list of pairs, a question and its answer each")
+        before += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    check(not before or turns[0]["role"] != "system", "It has two system messages, or a history before one")
+    return before + turns
 
-def read_answer(record: dict, *names: str) -> dict:
-    name = next((n for n in names if n in record), names[0])
-    if name not in record:
-        raise ValueError(f"{name!r} is missing")
-    return {**read_turns(record[name], "assistant", name)[-1], "role": "assistant"}
+def read_answers(record: dict, names: list[str]) -> list[list[dict]]:
+    """Read a conversation for each answer, a text or messages, which may repeat the prompt (trl's pairs)."""
+    whole = all(isinstance(record.get(name), list) for name in names)
+    prompt = [] if whole and not any(name in record for name in ASKED) else read_prompt(record)
+    talks = []
+    for name in names:
+        turns = read_turns(record, name, "assistant")
+        talks.append(turns if turns[: len(prompt)] == prompt else prompt + turns)
+        check(talks[-1][-1]["role"] == "assistant", f"{name!r} does not end with the assistant's turn")
+    return talks
 
-def read_conversation(record: dict) -> list[dict]:
-    """Read question and answers in any of the usual forms, as messages; Dolly calls the answer "response"."""
-    talk = read_prompt(record)
-    if "messages" in record or "conversations" in record:
-        return talk
-    return [*talk, read_answer(record, "output", "response", "completion", "chosen")]
+def read_conversation(record: dict) -> list[list[dict]]:
+    """Read question and answers in any of the usual forms, as one conversation."""
+    if first_of(ASKED, record) in ("messages", "conversations"):
+        return [read_prompt(record)]
+    return read_answers(record, [first_of(ANSWERED, record)])
 
 def read_ranking(record: dict) -> list[list[dict]]:
     """Read {"prompt", "chosen", "rejected"} or {"prompt", "answers": [best, .., worst]} as conversations."""
-    answers = record.get("answers")
-    if answers is None:
-        answers = [read_answer(record, "chosen"), read_answer(record, "rejected")]
-    elif not isinstance(answers, list) or len(answers) < 2:
-        raise ValueError("'answers' has fewer than two")
-    else:
-        answers = [read_answer({"answers": answer}, "answers") for answer in answers]
-    return [[*read_prompt(record), answer] for answer in answers]
+    if "answers" not in record:
+        return read_answers(record, [first_of((name,), record) for name in ("chosen", "rejected")])
+    answers = record.pop("answers")
+    check(isinstance(answers, list) and len(answers) > 1, "'answers' has fewer than two")
+    named = {f"answers[{i}]": answer for i, answer in enumerate(answers)}
+    record |= named
+    return read_answers(record, list(named))
 
 @dataclass
 class Item:
@@ -640,46 +733,58 @@ class Item:
     examples: list[Example]
     facts: dict[str, torch.Tensor] = field(default_factory=dict)  # a number for each answer or trained token
 
+    @property
+    def lengths(self) -> list[int]:
+        return [sum(example.trained[1:]) for example in self.examples]
+
+def make_example(tokenizer, talk: list[dict], ranked: bool) -> Example:
+    """Turn a conversation into tokens; of a ranking's only the last turn is trained."""
+    ids, trained = render(tokenizer, talk)
+    context = len(render(tokenizer, talk[:-1], reply=True)[0]) if ranked else 0
+    return Example(ids, [False] * context + trained[context:])
+
 def load_items(paths, tokenizer, T: int, ranked: bool) -> tuple[list[Item], Counter]:
     """Read conversations, or rankings with the best answer first; count what is kept and left out.
 
     A conversation that ends with the user loses that turn; an empty answer of a ranking is an answer, too.
     """
     items, counts = [], Counter()
-    read = read_ranking if ranked else lambda record: [read_conversation(record)]
+    read = read_ranking if ranked else read_conversation
     for talks in itertools.chain(*(read_lines(path, read) for path in paths)):
         counts["read"] += 1
-        if talks[0][-1]["role"] != "assistant":
-            counts["ended with the user"] += 1
-            spoken = [i for i, m in enumerate(talks[0]) if m["role"] == "assistant"]
-            talks = [talks[0][: spoken[-1] + 1 if spoken else 0]]
-        last = [talk[-1]["content"].strip() if talk else "" for talk in talks]
-        examples = [Example(*render(tokenizer, talk)) for talk in talks]
-        if not ranked and not any(m["content"].strip() for m in talks[0] if m["role"] == "assistant"):
+        counts["ended with the user"] += talks[0][-1]["role"] != "assistant"
+        while talks[0] and talks[0][-1]["role"] != "assistant":
+            talks[0].pop()
+        examples = [make_example(tokenizer, talk, ranked) for talk in talks]
+        answers = [[*talk[:-1], talk[-1]["content"].strip()] for talk in talks if talk]
+        if not any(m["role"] == "assistant" and m["content"].strip() for talk in talks for m in talk):
             counts["left out: no answer"] += 1
-        elif len(set(last)) < len(last):
+        elif any(one == other for one, other in itertools.combinations(answers, 2)):
             counts["left out: equal answers"] += 1
         elif max(len(e.ids) for e in examples) > T:
             counts["left out: longer than the context"] += 1
         else:
-            counts["with an empty answer"] += ranked and not all(last)
+            counts["with an empty answer"] += ranked and not all(answer[-1] for answer in answers)
             counts["kept"] += 1
             items.append(Item(examples))
     return items, +counts
 
-RULES = {"task", "before", "after", "shown", "name", "params"}  # of a prompt's "check": see `grade`
+RULES = {"task": str, "before": str, "after": str, "shown": str, "answer": str, "name": str, "params": list,
+         "known": list}  # see `grade`
 
 def read_task(record: dict) -> dict:
     """Read what to ask ("prompt": messages) and, in the default data, how to check the answer ("check")."""
     prompt = read_prompt(record)
     while prompt and prompt[-1]["role"] == "assistant":
         prompt.pop()
-    if not prompt:
-        raise ValueError("nothing is asked in it")
+    check(prompt, "Nothing is asked in it")
     rules = record.get("check")
-    if rules is not None and not (isinstance(rules, dict) and rules.keys() >= RULES):
-        raise ValueError("its 'check' is not of the kind that `python align.py data` writes")
-    return {"prompt": prompt, **{name: record.get(name) for name in ("task", "check", "held_out")}}
+    if rules is not None:
+        known = isinstance(rules, dict) and all(type(rules.get(name)) is kind for name, kind in RULES.items())
+        known = known and all(isinstance(name, str) for name in rules["params"] + rules["known"])
+        check(known, "Its 'check' is not of the kind that `python align.py data` writes")
+    task = read_text(record, "task") or (rules["task"] if rules else None)
+    return {"prompt": prompt, "task": task, "check": rules, "held_out": record.get("held_out")}
 
 def load_prompts(path: str, limit: int = 0, task: str | None = None) -> list[dict]:
     """Load what to ask, of one task or all; limit: so many, drawn evenly."""
@@ -709,8 +814,7 @@ def options(**defaults) -> Callable:
 class Stage(RunOptions):
     """Hold what every stage is told. A model larger than the default one wants a --lr of 1e-6 to 1e-5."""
 
-    changeable: ClassVar[set] = RunOptions.changeable | {"micro_tokens"}
-    settings: ClassVar[set] = {"dropout"}  # fields of Config that --set reaches
+    settings: ClassVar[set] = {"dropout"}  # fields of Config that --set reaches (masks differ with the ranks)
     model: Annotated[str, opt("Model", "Checkpoint folder to begin with.")] = "out/python"
     lora_rank: Annotated[int, opt("Model", "Train additions of this rank only (8 to 64); 0: all.", low=0)] = 0
     data: Annotated[list[str], opt("Data", "JSON lines to learn from; several times for more.")] = (
@@ -728,6 +832,14 @@ class Stage(RunOptions):
         super().__post_init__()
         unknown = self.fields_set.keys() - self.settings
         check(not unknown, f"--set {', '.join(unknown)}: no setting of this stage has that name.")
+        check(self.batch_size <= 10**6, "--batch-size is at most a million.")
+        check(self.lora_alpha > 0, "--set lora_alpha=0 would keep the additions from doing anything.")
+        self.refuse_without("lora_alpha", "--lora-rank", self.lora_rank)
+
+    def refuse_without(self, name: str, needed: str, there) -> None:
+        """Refuse a --set NAME that would change nothing, because what it belongs to is not there."""
+        given = any(item.startswith(f"{name}=") for item in self.set)
+        check(there or not given, f"--set {name} changes nothing without {needed}.")
 
 @options()
 class SFTStage(Stage):
@@ -739,8 +851,7 @@ class SFTStage(Stage):
 
 @options(model="out/sft", data=("data/pairs.jsonl",), out="out/reward", lr=3e-4)
 class RewardStage(SFTStage):
-    """Train a reward model: scores for conversations, from pairs (prompt, chosen, rejected) or rankings
-    (answers)."""
+    """Train a reward model: scores for conversations, from pairs (chosen, rejected) or rankings (answers)."""
 
     command: ClassVar[str] = "reward"
 
@@ -750,16 +861,16 @@ class DPOStage(RewardStage):
 
     command: ClassVar[str] = "dpo"
     loss: Annotated[str, opt("Loss", f"One of {', '.join(VARIANTS)}.", one_of=tuple(VARIANTS))] = "dpo"
-    beta: Annotated[float | None, opt("Loss", "Price of leaving the reference, instead of 0.1 (simpo: 2).",
-                                      above=0)] = None
+    beta: Annotated[float | None, opt("Loss", "Price of the distance: 0.1 (simpo: 2).", above=0)] = None
     label_smoothing: Annotated[float, opt("Loss", "Share of wrong labels (dpo and norm).", low=0)] = 0.0
-    nll_weight: Annotated[float, opt("Loss", "Weight of -log p(chosen) a token in the loss.", low=0)] = 1.0
+    nll_weight: Annotated[float, opt("Loss", "Weight of -log p(chosen) a token.", low=0)] = 1.0
     gamma: float = 1.0  # the margin that simpo asks for
 
     def __post_init__(self):
         super().__post_init__()
-        smooth = "label_smoothing" in VARIANTS[self.loss].options
-        check(self.label_smoothing < 0.5 if smooth else not self.label_smoothing,
+        used = VARIANTS[self.loss].options
+        self.refuse_without("gamma", "--loss simpo", "gamma" in used)
+        check(self.label_smoothing < 0.5 if "label_smoothing" in used else self.label_smoothing == 0,
               "--label-smoothing has to be below 0.5, and goes with --loss dpo and norm only.")
 
 @options(model="out/sft", max_steps=120, lr=3e-4, warmup_steps=5, schedule="wsd", eval_interval=20,
@@ -770,13 +881,12 @@ class PlayStage(Stage):
     settings: ClassVar[set] = set()  # with dropout the ratio of a policy to itself would not be 1
     reward: Annotated[list[str], opt("Answers", "checks, one of them, or a reward model's folder; several "
                                      "(NAME:WEIGHT) are added up.")] = ("checks",)
-    unended: Annotated[float, opt("Answers", "Taken off the reward of an answer that did not end.")] = 1.0
+    unended: Annotated[float, opt("Answers", "Taken off where an answer did not end.", low=0)] = 1.0
     samples: Annotated[int, opt("Answers", "Answers to each prompt: the group.", low=1)] = 8
-    temperature: Annotated[float, opt("Answers", "Of the answers that it learns from.", above=0)] = 1.0
+    temperature: Annotated[float, opt("Answers", "Of the answers that it learns from.", low=0.01)] = 1.0
     max_new_tokens: Annotated[int, opt("Answers", "Longest answer.", low=1)] = 128
     clip: Annotated[float, opt("Loss", "How far from 1 a token's probability ratio may move.", above=0)] = 0.2
-    clip_high: Annotated[float | None, opt("Loss", "The bound above, instead of --clip (DAPO: 0.28).",
-                                           above=0)] = None
+    clip_high: Annotated[float | None, opt("Loss", "The bound above (DAPO: 0.28).", above=0)] = None
     kl_coef: Annotated[float, opt("Loss", "Price of the KL to the reference; 0: none.", low=0)] = 0.02
     passes: int = 1  # how often a step's answers are learned from
     minibatches: int = 2  # updates of a pass
@@ -785,6 +895,8 @@ class PlayStage(Stage):
         super().__post_init__()
         check(self.clip < 1, "--clip has to be below 1: it bounds a ratio from both sides.")
         check(min(self.passes, self.minibatches) >= 1, "--set passes and minibatches have to be at least 1.")
+        answers = self.batch_size * self.samples
+        check(1 < answers <= 10**6, "--batch-size times --samples is between 2 and a million.")
 
 @options(out="out/grpo")
 class GRPOStage(PlayStage):
@@ -804,8 +916,7 @@ class PPOStage(PlayStage):
 
     command: ClassVar[str] = "ppo"
     value_coef: Annotated[float, opt("Loss", "Weight of the critic's loss.", low=0)] = 0.1
-    kl_target: Annotated[float, opt("Loss", "KL of an answer, in nats, that --kl-coef adapts to; 0: fixed.",
-                                    low=0)] = 0.0
+    kl_target: Annotated[float, opt("Loss", "An answer's KL that --kl-coef adapts to.", low=0)] = 0.0
     gamma: float = 1.0  # discount of a token's reward by the next token
     lam: float = 0.95  # lambda of the advantages (GAE)
     value_clip: float = 0.2  # how far an update may move a value
@@ -818,136 +929,142 @@ class PPOStage(PlayStage):
 
 # ---- What all stages share ---------------------------------------------------------------------------------
 
-class Method:
-    """Say what a stage trains and by which loss; another stage is one more of these, and its options."""
+class Learner:
+    """Train a model by a loss on items. A stage is a subclass and its options; it has to say
+
+    loss(items)     {"loss" and other metrics: for each a tensor of any shape, to be added up over the step}
+
+    and may change the methods up to `step`.
+    """
 
     head = "lm"
     ranked = False  # does an item hold several answers, the best first?
     judged = 500  # items to judge by, at most
-
-    def __init__(self, o: Stage):
-        self.o = o
-        self.tensors = {}  # what a checkpoint holds of it, by name
-        self.numbers = {}
-
-    def extend(self, model: Transformer) -> None:
-        """Add what else is trained to the model."""
-
-    def load(self, paths: list[str], learner) -> tuple[list, Counter]:
-        """Load what a step draws from, and count what is left out."""
-        return load_items(paths, learner.tokenizer, learner.model.config.seq_len, self.ranked)
-
-    def prompt_of(self, item) -> list:
-        first = item.examples[0]
-        return first.ids[: first.trained.index(True)]
-
-    def prepare(self, learner) -> None:
-        """Find out what has to be known before the first step."""
-
-    def weight(self, item: Item) -> float:
-        """Weigh an item in the mean loss."""
-        return 1.0
-
-    def loss(self, model, items: list[Item]) -> dict:
-        """Compute "loss" and other metrics of items: for each a tensor of any shape, to be added up."""
-        raise NotImplementedError
-
-    def evaluate(self, learner) -> dict:
-        return learner.measure(learner.val)
-
-class Learner:
-    """Hold what any stage trains with: model, optimizer, data, ranks, and the run that it goes on with."""
+    by_token = False  # is the mean loss over trained tokens, or over items?
 
     def __init__(self, o: Stage):
         self.o = o
         self.ranks = setup_distributed(o.device)
         self.saved = open_run(o)
-        self.unchanged = {}  # what has to be as it was on --resume
-        self.method = METHODS[o.command](o)
+        self.state = {}  # what a checkpoint holds of the stage
+        self.state_tensors = {}  # and by name, those that are tensors
         self.folder = find_checkpoint(o.resume if o.resume and not o.lora_rank else o.model)
         self.tokenizer = load_tokenizer(self.folder)
         self.tensors = load_state(o.resume)[0] if o.resume else {}
-        self.model = self.open_model(load_model(self.folder, self.ranks.device))
+        self.model = self.open_model()
+        for name, p in self.own_weights().items() if o.resume else ():
+            saved = self.tensors.get(name, torch.empty(0))
+            check(saved.shape == p.shape, f"{o.resume} lacks {name} as it was: it cannot be resumed.")
+            p.copy_(saved)
         self.items, self.val = self.load_splits()
         self.optimizer = build_optimizer(self.model, o.optimizer, o.lr, o.weight_decay)
         self.optimizer.load_state_dict(self.tensors)
-        self.method.prepare(self)
+        self.prepare()
         o.max_steps = o.max_steps or max(1, math.ceil(o.epochs * len(self.items) / o.batch_size))
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         say(f"{o.max_steps} steps of {o.batch_size}, {len(self.val)} to judge by; {trained / 1e6:.2f}M "
             f"parameters trained, {o.optimizer} in {o.dtype} on {self.ranks.device.type}")
 
-    def open_model(self, base: Transformer) -> Transformer:
-        """Make of the base, or of the run's own last weights, the model that is trained."""
+    def load(self, paths: list[str]) -> tuple[list, Counter]:
+        """Load what a step draws from, and count what is left out."""
+        return load_items(paths, self.tokenizer, self.model.config.seq_len, self.ranked)
+
+    def prompt_of(self, item) -> list:
+        first = item.examples[0]
+        return first.ids[: first.trained.index(True)]
+
+    def prepare(self) -> None:
+        """Find out what has to be known before the first step."""
+
+    def weight(self, item: Item) -> int:
+        """Weigh an item in the mean loss."""
+        return sum(item.lengths) if self.by_token else 1
+
+    def step(self, run: Run, step: int, lr: float) -> None:
         o = self.o
-        check(self.method.head == "score" or base.config.head == "lm",
+        items = draw(self.items, o.batch_size, step, o.seed)
+        torch.manual_seed(seed_of(o.seed, step, self.ranks.rank))  # of dropout, which differs with the ranks
+        self.update(run, lr, items, tokens=sum(tokens_in(item.examples) for item in items))
+
+    def open_model(self) -> Transformer:
+        """Make the model that is trained of the base, or of the run's own last weights."""
+        o = self.o
+        base = load_model(self.folder, self.ranks.device)
+        check(self.head == "score" or base.config.head == "lm",
               f"{self.folder} is a reward model: it gives scores, not answers.")
-        model = rebuild(base, head=self.method.head, **o.fields_set).float()
+        model = rebuild(base, head=self.head, **o.fields_set).float()
         model.compute_dtype = pick_dtype(o.dtype, self.ranks.device)
         o.dtype = {dtype: name for name, dtype in DTYPES.items()}[model.compute_dtype]
         if o.lora_rank:
             self.keep(model=fingerprint(base))
             add_lora(model, o.lora_rank, o.lora_alpha, o.seed)
-        self.method.extend(model)
-        own = {name: w for name, w in self.tensors.items() if name.startswith("weights/")}
-        model.load_state_dict({name.removeprefix("weights/"): w for name, w in own.items()}, strict=False)
         return model
 
     def load_splits(self) -> tuple[list, list]:
         """Load what to train on, and what to judge by: --val, val.jsonl beside --data, or a part of it."""
-        o, method = self.o, self.method
-        items, counts = method.load(o.data, self)
-        check(items, f"There is nothing to learn in {', '.join(o.data)} ({describe(counts)}).")
-        say(f"{', '.join(o.data)}: {describe(counts)}")
-        self.counts = counts
-        beside = Path(o.data[0]).with_name("val.jsonl")
+        o = self.o
+        beside = Path(o.data[0]).parent / "val.jsonl"
         paths = [o.val] if o.val else [str(beside)] if beside.exists() and str(beside) not in o.data else []
+        splits = []
+        for some in filter(None, (o.data, paths)):
+            items, counts = self.load(some)
+            found = f"{', '.join(some)}: {describe(counts)}"
+            check(items, f"{found}: there is nothing to {'judge by' if splits else 'learn from'}.")
+            say(found, markup=False)
+            splits.append(items)
+            self.state.setdefault("counts", counts)
         self.keep(data=[seed_of(Path(path).read_bytes()) for path in (*o.data, *paths)])
-        val = method.load(paths, self)[0]
-        if not val:
-            items, val = hold_out(items, method.prompt_of)
-        return items, val[: method.judged]
+        items, val = splits if paths else hold_out(splits[0], self.prompt_of)
+        return items, val[: self.judged]
 
     def keep(self, **fingerprints) -> None:
         """Remember what a run depends on, and refuse to go on where it has changed."""
         for name, value in fingerprints.items():
             check(not self.saved or self.saved.get(name) == value,
                   f"--{name} is not what {self.o.resume} began with: restore it to resume.")
-        self.unchanged |= fingerprints
+        self.state |= fingerprints
+
+    def own_weights(self) -> dict:
+        """Find what is trained and not among the merged weights: LoRA's matrices and the critic."""
+        named = [(name, p.detach()) for name, p in self.model.named_parameters() if p.requires_grad]
+        return {f"weights/{name}": p for name, p in named if self.o.lora_rank or name.startswith("critic.")}
 
     def save(self, folder: Path, state: dict) -> None:
         """Write a checkpoint: merged weights, and in state/ what is trained beside them."""
-        tensors = self.optimizer.state_dict() | self.method.tensors
-        for name, p in self.model.named_parameters():
-            if p.requires_grad and (self.o.lora_rank or name.startswith("critic.")):
-                tensors[f"weights/{name}"] = p.detach().cpu()
-        state = (tensors, state | self.unchanged | self.method.numbers | {"counts": self.counts})
+        own = {name: p.cpu() for name, p in self.own_weights().items()}
+        tensors = self.optimizer.state_dict() | self.state_tensors | own
         if self.ranks.rank == 0:
-            tokenizer = self.folder / "tokenizer.json"
-            save_checkpoint(folder, self.model, tokenizer, state=state, weights=merged(self.model))
+            save_checkpoint(folder, self.model, self.folder / "tokenizer.json",
+                            state=(tensors, state | self.state), weights=merged(self.model))
         barrier()
+
+    def judge(self) -> dict:
+        return self.measure(self.val)
 
     @torch.no_grad()
     def evaluate(self, last: bool) -> dict:
-        return {f"val_{name}": value for name, value in self.method.evaluate(self).items()}
+        return {f"val_{name}": value for name, value in self.judge().items()}
 
-    def micro_batches(self, items: list[Item]) -> list[list[int]]:
-        """Choose which items are computed together: some thousand tokens."""
+    def micro_batches(self, items: list[Item]) -> Iterator[tuple[list[int], list[Item]]]:
+        """Share items out over the ranks, and yield this one's, with their numbers, some thousand tokens at a
+        time."""
+        mine = range(self.ranks.rank, len(items), self.ranks.world)
         limit = self.o.micro_tokens or (8192 if self.ranks.device.type == "cpu" else 32768)
-        sizes = [tokens_in(item.examples) for item in items]
-        return pack(sizes, max([limit, *sizes]))
+        sizes = [tokens_in(items[i].examples) for i in mine]
+        for row in pack(sizes, max([limit, *sizes])):
+            numbers = [mine[k] for k in row]
+            yield numbers, [items[i] for i in numbers]
 
     def measure(self, items: list[Item], scale: float = 0.0) -> dict[str, float]:
-        """Average the loss and each metric over items, shared out over the ranks.
+        """Average the loss and each metric over items, over all ranks.
 
         scale: above zero, this rank's part of the gradient is computed, multiplied by it.
         """
         self.model.train(scale > 0)
-        weight = sum(map(self.method.weight, items))  # of all ranks: each knows the whole step's items
-        mine = items[self.ranks.rank :: self.ranks.world]
+        weight = sum(map(self.weight, items))
         sums = Counter()
-        for row in self.micro_batches(mine):
-            metrics = self.method.loss(self.model, [mine[i] for i in row])
+        for _, some in self.micro_batches(items):
+            metrics = self.loss(some)
             if scale:
                 (metrics["loss"].sum() * (scale / weight)).backward()
             sums.update({name: float(values.detach().sum()) for name, values in metrics.items()})
@@ -958,23 +1075,22 @@ class Learner:
 
     @torch.no_grad()
     def score(self, compute: Callable, items: list[Item]) -> list:
-        """Compute something for each item, shared out over the ranks; compute: items -> one for each."""
+        """Compute something for each item, on all ranks; compute: items -> one for each."""
         self.model.eval()
+        found = {}
+        for numbers, some in self.micro_batches(items):
+            found |= zip(numbers, compute(some), strict=True)
+        return gather_in_order(found)
 
-        def work(mine):
-            found = {}
-            for row in self.micro_batches(mine):
-                found |= zip(row, compute([mine[i] for i in row]), strict=True)
-            return [found[i] for i in range(len(mine))]
-
-        return share_over_ranks(work, items)
-
-    def sum_gradients(self) -> None:
-        """Add the ranks' parts of the gradient up."""
+    def update(self, run: Run, lr: float, items: list[Item], **more) -> None:
+        """Take one step of the optimizer down the gradient of the items' mean loss."""
+        metrics = self.measure(items, run.scale)  # forward and backward
         for p in self.model.parameters():
             if p.requires_grad and self.ranks.world > 1:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 sum_over_ranks(p.grad)
+        grad_norm = clip_gradients(self.model.parameters(), self.o.grad_clip, run.scale)
+        run.update(self.optimizer, lr, **metrics, grad_norm=grad_norm, **more)
 
 def draw(things: list, count: int, step: int, seed: int) -> list:
     """Draw what a step takes: each thing once an epoch, in an order that seed and epoch alone decide.
@@ -983,24 +1099,22 @@ def draw(things: list, count: int, step: int, seed: int) -> list:
     ['a', 'b', 'c', 'd', 'e', 'f']
     """
     n = len(things)
-    begin = step * count
-    epochs = range(begin // n, (begin + count - 1) // n + 1)
-    order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs])
-    begin -= epochs[0] * n
-    return [things[i] for i in order[begin : begin + count]]
+    numbers = range(step * count, (step + 1) * count)
+    epochs = {i // n for i in numbers}
+    order = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs}
+    return [things[order[i // n][i % n]] for i in numbers]
 
-def gather(thing) -> list:
-    """Collect a Python object from each rank, in the order of the ranks."""
-    things = [thing] * rank_and_world()[1]
-    if len(things) > 1:
-        torch.distributed.all_gather_object(things, thing)
-    return things
+def gather(found: dict) -> list[dict]:
+    """Collect a dict of Python objects from each rank, in the order of the ranks."""
+    parts = [found] * rank_and_world()[1]
+    if len(parts) > 1:
+        torch.distributed.all_gather_object(parts, found)
+    return parts
 
-def share_over_ranks(work: Callable, things: list) -> list:
-    """Let each rank do work(its share of the things) -> all results, in the things' order, on all ranks."""
-    rank, world = rank_and_world()
-    parts = gather(work(things[rank::world]))
-    return [parts[i % world][i // world] for i in range(len(things))]
+def gather_in_order(found: dict) -> list:
+    """Collect {number: result} from the ranks -> all results, by their numbers, on all ranks."""
+    everything = {number: result for part in gather(found) for number, result in part.items()}
+    return [everything[i] for i in sorted(everything)]
 
 def rebuild(model: Transformer, **fields) -> Transformer:
     """Give the same weights another head or dropout; a new score head is zero."""
@@ -1026,6 +1140,8 @@ def hold_out(items: list, prompt_of: Callable) -> tuple[list, list]:
     held = {p for p in prompts if p % 20 == 0} or {prompts[-1]}
     rest = [item for item, p in zip(items, prompts, strict=True) if p not in held]
     val = [item for item, p in zip(items, prompts, strict=True) if p in held]
+    if not rest:
+        say("All items ask the same: they are trained on and judged by.")
     return rest or val, val
 
 def batch_of(model, items: list[Item]) -> Batch:
@@ -1037,92 +1153,85 @@ def facts_of(items: list[Item], name: str, device="cpu"):
 
 def print_mask(o: Stage) -> None:
     """Print the first examples, the trained tokens in colour."""
-    from rich.text import Text
-
     tokenizer = load_tokenizer(find_checkpoint(o.model))
     items, _ = load_items(o.data, tokenizer, 10**9, METHODS[o.command].ranked)
-    for number, example in enumerate(e for item in items[: o.show_mask] for e in item.examples):
-        console().rule(f"{number + 1}", style="dim")
-        text = Text()
+    for example in (example for item in items[: o.show_mask] for example in item.examples):
+        say("\n----", style="dim")
         for trained, group in itertools.groupby(zip(*example, strict=True), key=lambda pair: pair[1]):
             part = tokenizer.decode([token for token, _ in group])
-            text.append(part, style="bold green" if trained else "dim")
-        console().print(text)
+            say(part, markup=False, end="", style="bold green" if trained else "dim")
 
 # ---- The stages that learn from given answers: SFT, reward model, DPO --------------------------------------
 
-class SFT(Method):
+class SFT(Learner):
     """Train by -log p of the assistant's tokens, the mean over those of the step.
 
-    Healthy: the loss falls from some 4 nats (the chat format is new) to below pretraining's within a few
-    hundred steps, and val_loss follows it. val_loss that rises while loss falls: fewer epochs.
+    Healthy: the loss falls below pretraining's in a few hundred steps. val_loss rising alone: fewer epochs.
     """
 
-    def weight(self, item):
-        return trained_tokens(item.examples)
+    by_token = True
 
-    def loss(self, model, items):
-        return {"loss": -logps(model, batch_of(model, items))}
+    def loss(self, items):
+        return {"loss": -logps(self.model, batch_of(self.model, items))}
 
-class RewardModel(Method):
+class RewardModel(Learner):
     """Train by Bradley-Terry on the scores of a ranking's answers. accuracy: of its best against its worst.
 
-    Healthy: the loss begins at ln 2 = 0.693 and accuracy rises well above 0.5. val_loss that rises while
-    accuracy stays is overconfidence, which `calibration_error` shows.
+    Healthy: the loss begins at ln 2 = 0.693, accuracy rises well above 0.5. val_loss rising alone: too sure.
     """
 
     head = "score"
     ranked = True
 
-    def loss(self, model, items):
-        ranked = scores(model, batch_of(model, items)).split([len(item.examples) for item in items])
-        margin = torch.stack([s[0] - s[-1] for s in ranked])
-        losses = torch.stack([ranking_loss(s) for s in ranked])
+    def loss(self, items):
+        found = scores(self.model, batch_of(self.model, items))
+        rankings = found.split([len(item.examples) for item in items])
+        losses = torch.stack([ranking_loss(ranking) for ranking in rankings])
+        margin = torch.stack([ranking[0] - ranking[-1] for ranking in rankings])
         return {"loss": losses, "accuracy": (margin > 0).float(), "margin": margin}
 
-    def evaluate(self, learner):
-        margins = learner.score(lambda items: self.loss(learner.model, items)["margin"].cpu(), learner.val)
-        return super().evaluate(learner) | {"calibration_error": calibration_error(torch.stack(margins))}
-
-class DPO(Method):
+class DPO(Learner):
     """Train by one of VARIANTS on a ranking's best and worst answer (`preference`), plus nll_weight times
     -log p of the best a token (`nll`; 2404.19733, eq. 1). The reference's log p is saved with the run.
+    `chosen` and `rejected` are the log-ratios, accuracy and margin those of beta times their difference.
 
-    Healthy: `preference` begins at ln 2 (ipo: 1 / (2 beta)^2); accuracy (is the margin positive?) and margin
-    (beta times the difference of log-ratios) rise. `chosen` and `rejected` are log-ratios: the rejected
-    falls, and without nll the chosen too. When it falls as fast, the model soon forgets to end: raise beta or
-    nll_weight.
+    Healthy: accuracy and margin rise, and the rejected falls. The chosen falling as fast soon forgets to end:
+    raise --beta or --nll-weight.
     """
 
     ranked = True
 
-    def __init__(self, o):
-        super().__init__(o)
-        self.variant = VARIANTS[o.loss]
-        self.beta = self.variant.beta if o.beta is None else o.beta
-        self.options = {name: getattr(o, name) for name in self.variant.options}
+    def load(self, paths):
+        items, counts = super().load(paths)
+        for item in items:
+            counts["answers left out between best and worst"] += len(item.examples) - 2
+            item.examples = [item.examples[0], item.examples[-1]]
+        return items, +counts
 
-    def prepare(self, learner):
-        for name, items in (("reference/items", learner.items), ("reference/val", learner.val)):
-            for item in items:
-                item.examples = [item.examples[0], item.examples[-1]]
-            if not self.variant.reference:
-                continue
-            if not self.o.resume:
-                rows = learner.score(lambda some: self.read(learner.model, some)[0].cpu(), items)
-                learner.tensors[name] = torch.stack(rows)
-            check(name in learner.tensors, f"{self.o.resume} lacks the reference's log p: start anew.")
-            self.tensors[name] = learner.tensors[name]
-            for item, logp in zip(items, self.tensors[name], strict=True):
+    def prepare(self):
+        self.variant = VARIANTS[self.o.loss]
+        self.beta = self.o.beta or self.variant.beta
+        self.options = {name: getattr(self.o, name) for name in self.variant.options}
+        if not self.variant.reference:
+            return
+        for name, items in (("reference/items", self.items), ("reference/val", self.val)):
+            if self.o.resume:
+                found = self.tensors.get(name)
+                whole = found is not None and found.shape == (len(items), 2)
+                check(whole, f"{self.o.resume} lacks the reference's log p: start anew.")
+            else:
+                found = torch.stack(self.score(lambda some: self.read(some)[0].cpu(), items))
+            self.state_tensors[name] = found
+            for item, logp in zip(items, found, strict=True):
                 item.facts["reference"] = logp
 
-    def read(self, model, items):
+    def read(self, items):
         """Compute log p of chosen and rejected, and how many tokens they have: (n, 2) each."""
-        batch = batch_of(model, items)
-        return logps(model, batch).view(-1, 2), batch.lengths.view(-1, 2)
+        batch = batch_of(self.model, items)
+        return logps(self.model, batch).view(-1, 2), batch.lengths.view(-1, 2)
 
-    def loss(self, model, items):
-        logp, lengths = self.read(model, items)
+    def loss(self, items):
+        logp, lengths = self.read(items)
         ratios = logp
         if self.variant.reference:
             ratios = logp - facts_of(items, "reference", logp.device).view(-1, 2)
@@ -1135,22 +1244,6 @@ class DPO(Method):
         metrics = {"loss": preference + self.o.nll_weight * nll, "preference": preference, "nll": nll}
         metrics |= {"accuracy": (margin > 0).float(), "margin": margin}
         return metrics | {"chosen": chosen, "rejected": rejected}
-
-def learn(o: SFTStage) -> dict:
-    """Run SFT, a reward model or DPO: they differ in the loss of an item and in nothing else."""
-    learner = Learner(o)
-    run = Run(o, learner.ranks, learner.save, learner.evaluate, learner.saved)
-    for step, lr in run.steps():
-        if not run.records:
-            run.evaluate(last=False)
-        items = draw(learner.items, o.batch_size, step, o.seed)
-        torch.manual_seed(seed_of(o.seed, step, learner.ranks.rank))  # of dropout
-        metrics = learner.measure(items, run.scale)  # forward and backward
-        learner.sum_gradients()
-        grad_norm = clip_gradients(learner.model.parameters(), o.grad_clip, run.scale)
-        tokens = sum(tokens_in(item.examples) for item in items)
-        run.update(learner.optimizer, lr, **metrics, grad_norm=grad_norm, tokens=tokens)
-    return run.result
 
 # ---- Answers, and the rewards that they get ----------------------------------------------------------------
 
@@ -1169,31 +1262,32 @@ class Answer:
 
     @functools.cached_property
     def grades(self) -> dict[str, bool]:
-        """Run the checks that the prompt carries; where it has none, only see whether the answer ended."""
+        """Run the checks that the prompt carries; none where it carries none."""
         rules = self.task["check"]
-        return grade(rules, self.text, self.ended) if rules else {"ends": self.ended}
+        return grade(rules, self.text, self.ended) if rules else {}
 
     @property
-    def good(self) -> bool:
-        return bool(self.task["check"]) and all(self.grades.values())
-
-    @property
-    def conversation(self) -> list[dict]:
-        return [*self.task["prompt"], {"role": "assistant", "content": self.text}]
+    def good(self) -> bool | None:
+        """Tell whether it passes all of its checks; None where there are none."""
+        return all(self.grades.values()) if self.grades else None
 
 def sampler(temperature: float, n_vocab: int, seed: int, device) -> Callable:
-    """Make a pick for `generate` that draws from softmax(logits / temperature); 0 is greedy."""
+    """Make a pick for `generate` that draws from softmax(logits / temperature); below 0.01 it is greedy."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def pick(logits):  # (B, V) -> (B,)
         logits = logits[:, :n_vocab]
-        if temperature == 0:
+        if temperature < 0.01:
             return logits.argmax(-1)
         total = (logits / temperature).softmax(-1).cumsum(-1)  # one random number a row; multinomial draws V
         u = torch.rand((len(logits), 1), generator=generator, device=device) * total[:, -1:]
         return torch.searchsorted(total, u, right=True)[:, 0].clamp_(max=n_vocab - 1)
 
     return pick
+
+def stop_ids(tokenizer, config) -> set[int]:
+    """Collect the ids that end an answer: of the turn, of the text, and what the folder names besides."""
+    return {tokenizer.im_end_id, tokenizer.eot_id, *config.eos_ids} - {None}
 
 def write_answers(model, tokenizer, tasks, samples=1, temperature=1.0, seed=0, max_new_tokens=None):
     """Answer each prompt `samples` times -> a list of Answers for each; an answer ends with the turn, with
@@ -1205,98 +1299,102 @@ def write_answers(model, tokenizer, tasks, samples=1, temperature=1.0, seed=0, m
     longest = max(map(len, prompts))
     check(longest < T, f"A prompt of {longest} tokens leaves no room for an answer: the context has {T}.")
     limits = [min(T - len(prompt), max_new_tokens or T) for prompt in prompts]
-    stop = {tokenizer.im_end_id, tokenizer.eot_id} - {None}
+    stop = stop_ids(tokenizer, model.config)
     device = next(model.parameters()).device
     pick = sampler(temperature, tokenizer.n_vocab, seed, device)
     groups = [[] for _ in tasks]
     for i, ids in enumerate(generate(model, prompts, limits, pick, stop, samples)):
+        n = i // samples
         ended = ids[-1] in stop
         text = tokenizer.decode(ids[:-1] if ended else ids)
-        groups[i // samples].append(Answer(tasks[i // samples], prompts[i // samples], ids, text, ended))
+        groups[n].append(Answer(tasks[n], prompts[n], ids, text, ended))
     return groups
-
-class Judge:
-    """Score conversations with a reward model, as text that it reads with its own tokenizer.
-
-    Of one that is longer than its context it reads the end, so that the answer is seen; it says so once.
-    """
-
-    def __init__(self, folder: str, device):
-        self.folder = folder
-        self.model = load_model(folder, device)
-        self.tokenizer = load_tokenizer(folder)
-        self.fingerprint = fingerprint(self.model)
-        self.said = False
-        is_judge = self.model.config.head == "score"
-        check(is_judge, f"{folder} is no reward model: `python align.py reward` trains one.")
-
-    @torch.no_grad()
-    def __call__(self, conversations: list[list[dict]]) -> list[float]:
-        T = self.model.config.seq_len
-        examples = [Example(*render(self.tokenizer, talk)) for talk in conversations]
-        longer = sum(len(e.ids) > T for e in examples)
-        if longer and not self.said:
-            self.said = True
-            say(f"{self.folder} reads {T} tokens: of {longer} of {len(examples)} texts the beginning is left "
-                "out, and of later ones too.")
-        items = [Item([Example(e.ids[-T:], e.trained[-T:])]) for e in examples]
-        batches = [items[i : i + 64] for i in range(0, len(items), 64)]
-        return [x for some in batches for x in scores(self.model, batch_of(self.model, some)).tolist()]
 
 class Reward:
     """Give an answer the weighted sum of
 
     checks         half the share of the checks that it passes, and half when it passes all: 0 to 1
     parses, ...    one of CHECKS, 0 or 1
-    a folder       a reward model's score
+    a folder       a reward model's score of the conversation, as text that it reads with its own tokenizer
 
     less `unended` where it did not end by itself. specs: each NAME or NAME:WEIGHT.
     """
 
     def __init__(self, specs: list[str], unended: float, device):
         self.unended = unended
-        self.judges = []  # and their weights
+        self.parts = []  # name, weight, and a reward model with its tokenizer, or None twice
         for spec in specs:
             found = re.fullmatch(r"(.+?)(?::(-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?))?", spec)
-            check(found, f"--reward {spec!r}: write NAME or NAME:WEIGHT.")
-            name, weight = found.groups("1")
-            judge = name if name == "checks" or name in CHECKS else Judge(name, device)
-            self.judges.append((judge, float(weight)))
-        self.fingerprint = [judge.fingerprint for judge, _ in self.judges if isinstance(judge, Judge)]
+            name, weight = found.groups("1") if found else ("", "1")
+            check(name and math.isfinite(float(weight)), f"--reward {spec!r}: write NAME or NAME:WEIGHT.")
+            model = tokenizer = None
+            if name != "checks" and name not in CHECKS:
+                model = load_model(name, device)
+                tokenizer = load_tokenizer(name)
+                check(model.config.head == "score",
+                      f"{name} is no reward model: `python align.py reward` trains one.")
+                say(f"{name} reads the last {model.config.seq_len} tokens of a conversation.", markup=False)
+            self.parts.append((name, float(weight), model, tokenizer))
+        self.fingerprint = [fingerprint(model) for _, _, model, _ in self.parts if model]
 
     def __call__(self, answers: list[Answer]) -> list[float]:
         total = np.array([0.0 if a.ended else -self.unended for a in answers], float)
-        for judge, weight in self.judges:
-            total += weight * np.array(self.ask(judge, answers))
+        for name, weight, model, tokenizer in self.parts:
+            found = self.judge(model, tokenizer, answers) if model else self.count(name, answers)
+            total += weight * np.array(found, float)
+        check(np.isfinite(total).all(), "A reward is not a number: look at the weights of the reward model.")
         return total.tolist()
 
-    def ask(self, judge: str | Judge, answers: list[Answer]) -> list[float]:
-        if isinstance(judge, Judge):
-            return judge([a.conversation for a in answers])
+    def count(self, name: str, answers: list[Answer]) -> list[float]:
+        """Count the checks that answers pass, or look at one of them."""
         check(all(a.task["check"] for a in answers),
-              f"--reward {judge} needs prompts that carry checks: `python align.py data` makes them.")
-        if judge in CHECKS:
-            return [a.grades[judge] for a in answers]
+              f"--reward {name} needs prompts that carry checks: `python align.py data` makes them.")
+        if name in CHECKS:
+            return [a.grades[name] for a in answers]
         return [(sum(a.grades.values()) / len(CHECKS) + a.good) / 2 for a in answers]
+
+    @torch.no_grad()
+    def judge(self, model, tokenizer, answers: list[Answer]) -> list[float]:
+        """Score conversations; of one that is longer than the context the end is read, with the answer."""
+        T = model.config.seq_len
+        found = []
+        for i in range(0, len(answers), 64):
+            items = []
+            for a in answers[i : i + 64]:
+                said = {"role": "assistant", "content": a.text}
+                ids, trained = render(tokenizer, [*a.task["prompt"], said])
+                items.append(Item([Example(ids[-T:], trained[-T:])]))
+            found += scores(model, batch_of(model, items)).tolist()
+        return found
 
 # ---- The stages that learn from their own answers: PPO and GRPO --------------------------------------------
 
-class Play(Method):
-    """Write answers, have them rewarded, and know of each token what it was worth when the policy wrote it.
+class Play(Learner):
+    """Write answers, have them rewarded, and learn from what each token was worth.
 
     An item is a group, the answers to one prompt. Its facts: rewards, one for each answer; for each token
-    logp, its log p under the policy that wrote it, reference, the same under the reference, and advantages.
+    logp, its log p under the policy that wrote it, reference, the same under the reference, and advantages,
+    which `credit` finds.
+
+    Logged: of a step's answers `features`, reward and its deviation, and flat, the share of groups whose
+    rewards are all equal; of those that it learns from kl to the reference (nats a token), kl_answer
+    and entropy (mean -log p); rollout_share, the time that answers and rewards took.
+
+    Healthy: reward and good rise together; kl and entropy change slowly; clip_fraction is some per cent.
+    Reward up with good or distinct down is hacking: raise --kl-coef.
     """
 
     judged = 200
+    flat_teaches = True  # is there something to learn from a group whose rewards are all equal?
 
-    def load(self, paths, learner):
+    def load(self, paths):
         counts = Counter()
         prompts = []
-        room = learner.model.config.seq_len - min(16, self.o.max_new_tokens)
+        room = self.model.config.seq_len - min(16, self.o.max_new_tokens)
         for task in itertools.chain(*(load_prompts(path) for path in paths)):
-            fits = len(render(learner.tokenizer, task["prompt"], reply=True)[0]) <= room
-            counts["prompts" if fits else "left out: no room for an answer"] += 1
+            fits = len(render(self.tokenizer, task["prompt"], reply=True)[0]) <= room
+            kept = "left out: held out" if task["held_out"] else "prompts"
+            counts[kept if fits else "left out: no room for an answer"] += 1
             if fits and not task["held_out"]:
                 prompts.append(task)
         return prompts, counts
@@ -1304,106 +1402,107 @@ class Play(Method):
     def prompt_of(self, task):
         return task["prompt"]
 
-    def prepare(self, learner):
-        o, device = self.o, learner.ranks.device
-        self.learner = learner
+    def prepare(self):
+        o, device = self.o, self.ranks.device
         self.reference = load_model(o.model, device)
-        self.reference.compute_dtype = learner.model.compute_dtype
-        self.actor = Transformer(learner.model.config).to(device, learner.model.compute_dtype)
+        self.reference.compute_dtype = self.model.compute_dtype
+        self.actor = Transformer(self.model.config).to(device, self.model.compute_dtype)
         self.reward = Reward(o.reward, o.unended, device)
-        self.seconds = math.inf  # that the last answers took to write
-        learner.keep(model=fingerprint(self.reference), reward=self.reward.fingerprint)
+        self.keep(model=fingerprint(self.reference), reward=self.reward.fingerprint)
 
     def answer(self, tasks: list[dict], samples: int, temperature: float, *seed) -> list[list[Answer]]:
         """Answer each prompt `samples` times, and reward the answers; the ranks share the prompts."""
-        self.actor.load_state_dict(merged(self.learner.model))
+        self.actor.load_state_dict(merged(self.model))
+        mine = range(self.ranks.rank, len(tasks), self.ranks.world)
+        own_seed = seed_of(self.o.seed, *seed, self.ranks.rank)
+        groups = write_answers(self.actor, self.tokenizer, [tasks[i] for i in mine], samples, temperature,
+                               own_seed, self.o.max_new_tokens)
+        answers = list(itertools.chain(*groups))
+        for answer, reward in zip(answers, self.reward(answers), strict=True):
+            answer.reward = reward
+        return gather_in_order(dict(zip(mine, groups, strict=True)))
 
-        def work(mine):
-            began = time.perf_counter()
-            own_seed = seed_of(self.o.seed, *seed, self.learner.ranks.rank)
-            groups = write_answers(self.actor, self.learner.tokenizer, mine, samples, temperature, own_seed,
-                                   self.o.max_new_tokens)
-            self.seconds = time.perf_counter() - began
-            answers = list(itertools.chain(*groups))
-            for answer, reward in zip(answers, self.reward(answers) if answers else [], strict=True):
-                answer.reward = reward
-            return groups
-
-        return share_over_ranks(work, tasks)
-
-    def evaluate(self, learner):
-        return summarize(self.answer(learner.val, 1, JUDGED_AT, "val"))
-
-    def keeps(self, group: list[Answer]) -> bool:
-        """Tell whether there is something to learn from a group."""
-        return len(group) > 0
+    def judge(self):
+        return summarize(self.answer(self.val, 1, JUDGED_AT, "val"))
 
     def observe(self, groups: list[list[Answer]]) -> list[Item]:
-        """Make items of the groups that are worth it, before the policy learns from them."""
+        """Make items of the groups that teach something, before the policy learns from them."""
         items = []
-        for group in filter(self.keeps, groups):
-            rewards = torch.tensor([a.reward for a in group])
-            items.append(Item([as_example(a.prompt, a.ids) for a in group], {"rewards": rewards}))
-        for model in (self.reference, self.learner.model):
-            seen = self.learner.score(functools.partial(self.facts, model), items)
-            for item, facts in zip(items, seen, strict=True):
-                item.facts |= {"reference": facts["logp"]} if model is self.reference else facts
+        for group in (group for group in groups if self.flat_teaches or not is_flat(group)):
+            examples = [as_example(a.prompt, a.ids) for a in group]
+            items.append(Item(examples, {"rewards": torch.tensor([a.reward for a in group])}))
+        for item, facts in zip(items, self.score(self.read_both, items), strict=True):
+            item.facts |= facts
         return items
 
-    def facts(self, model, items: list[Item]) -> list[dict]:
-        """Read each item's answers -> what there is to know of its tokens."""
-        found = self.read(model, batch_of(model, items))
-        sizes = [trained_tokens(item.examples) for item in items]
+    def read_both(self, items: list[Item]) -> list[dict]:
+        """Read answers with the policy and the reference -> the facts of each item's tokens."""
+        batch = batch_of(self.model, items)
+        found = self.read(batch) | {"reference": self.read_logp(self.reference, batch)[0]}
+        sizes = [sum(item.lengths) for item in items]
         parts = zip(*(values.cpu().split(sizes) for values in found.values()), strict=True)
         return [dict(zip(found, part, strict=True)) for part in parts]
 
-    def read(self, model, batch: Batch) -> dict:
-        """Compute log p of the answers' tokens at the temperature that they were drawn with, and what else is
-        computed from the hidden states that they came from: (N,) each."""
-        hidden = batch.read(model, at=batch.at, output="hidden")  # (N, C)
+    def read_logp(self, model, batch: Batch):
+        """Compute log p of the answers' tokens, at the temperature that they were drawn with, and the hidden
+        states that it came from: (N,), (N, C)."""
+        hidden = batch.read(model, at=batch.at, output="hidden")
         cooled = hidden / self.o.temperature
-        logp = -token_losses(cooled, model.lm_head, batch.targets, model.config.vocab_size)
-        return {"logp": logp} | self.more(model, hidden)
+        return -token_losses(cooled, model.lm_head, batch.targets, model.config.vocab_size), hidden
 
-    def more(self, model, hidden) -> dict:
-        return {}
+    def read(self, batch: Batch) -> dict:
+        """Compute what the loss needs to know of tokens under the policy: (N,) each."""
+        return {"logp": self.read_logp(self.model, batch)[0]}
 
-    def credit(self, items: list[Item]) -> dict:
-        """Give each token its advantage -> what is logged of that."""
-        raise NotImplementedError
-
-    def loss(self, model, items):
-        """Compute the clipped loss of tokens, which GRPO and PPO add to in `total`."""
+    def loss(self, items):
+        """Compute the clipped loss of tokens; `total` adds what is GRPO's or PPO's own."""
         o = self.o
-        batch = batch_of(model, items)
-        now = self.read(model, batch)
+        batch = batch_of(self.model, items)
+        now = self.read(batch)
         then = {name: facts_of(items, name, batch.at.device) for name in items[0].facts}
         log_ratio = now["logp"] - then["logp"]
-        bounds = (o.clip, o.clip_high or o.clip)
-        metrics = {"policy_loss": clipped_loss(log_ratio, then["advantages"], *bounds),
-                   "clip_fraction": beyond_clip(log_ratio, then["advantages"], *bounds)}
+        losses = clipped_loss(log_ratio, then["advantages"], o.clip, o.clip_high or o.clip)
+        held_back = losses > -log_ratio.exp() * then["advantages"]
+        metrics = {"policy_loss": losses, "clip_fraction": held_back.float()}
         return self.total(metrics, now, then, batch)
+
+    def step(self, run, step, lr):
+        o = self.o
+        began = time.perf_counter()
+        # 1. Answers and their rewards
+        prompts = draw(self.items, o.batch_size, step, o.seed)
+        groups = self.answer(prompts, o.samples, o.temperature, "play", step)
+        played = time.perf_counter() - began
+        summary = summarize(groups)
+        # 2. Credit to each of their tokens
+        items = self.observe(groups)
+        run.note(**summary, flat=sum(map(is_flat, groups)) / len(groups))
+        if items:
+            run.note(**distance(items), **self.credit(items))
+        # 3. Updates
+        for turn in range(o.passes if items else 0):
+            order = np.random.default_rng([o.seed, step, turn]).permutation(len(items))
+            for part in np.array_split(order, min(o.minibatches, len(items))):
+                self.update(run, lr, [items[i] for i in sorted(part)])
+        tokens = round(summary["length"] * o.batch_size * o.samples)
+        run.note(tokens=tokens, rollout_share=played / (time.perf_counter() - began))
 
 class GRPO(Play):
     """Give each token of an answer the advantage of the answer in its group: no critic.
 
     Loss: `clipped_loss` and kl_coef times `kl_estimate` (kl_loss), over tokens or answers as --normalize
-    says. With `sequence` it begins at zero: at r = 1 an answer's is minus its advantage, and a group's
-    advantages add up to nothing. By token longer answers count for more. Its gradient is what learns: watch
-    the reward, not the loss.
+    says. By `sequence` it begins at zero, as advantages do: watch the reward, not the loss.
     """
 
-    def keeps(self, group):
-        return len(group) > 1 and not is_flat(group)
+    flat_teaches = False
 
     def weight(self, item):
-        return trained_tokens(item.examples) if self.o.normalize == "token" else len(item.examples)
+        return sum(item.lengths) if self.o.normalize == "token" else len(item.examples)
 
     def credit(self, items):
         for item in items:
             advantages = group_advantages(item.facts["rewards"], self.o.scale == "std")
-            lengths = torch.tensor([trained_tokens([e]) for e in item.examples])
-            item.facts["advantages"] = advantages.repeat_interleave(lengths)
+            item.facts["advantages"] = advantages.repeat_interleave(torch.tensor(item.lengths))
         return {}
 
     def total(self, metrics, now, then, batch):
@@ -1420,61 +1519,53 @@ class PPO(Play):
     reward besides (1909.08593, eq. 2). GAE over them; `clipped_loss` on whitened advantages, `value_loss` on
     the returns.
 
-    What decides whether it works, numbered as in Huang, Liu & von Werra 2023 ("The N Implementation Details
-    of RLHF with PPO"): 1 log p is taken at the temperature of the answers (`read`); 2 the critic begins at
-    zero, so that the first advantages are the rewards (`extend`); 4 no dropout: the ratio of a policy to
-    itself is 1; 5 an answer that does not end pays (--unended); 6 rewards are not discounted (gamma); 7 a
-    step's answers are shuffled and learned from in minibatches (`play`); 8 the KL is paid token by token
-    (`credit`); 9 advantages are whitened, here over the step, so that a minibatch's mean is not lost, and
-    rewards are not (`credit`); 10 a value is held back like a ratio (`value_loss`); 11 the KL's price can
-    adapt to a target (`next_kl_coef`).
+    Details decide whether it works (Huang, Liu & von Werra 2023, "The N Implementation Details of RLHF with
+    PPO"): log p is taken at the answers' temperature; the critic begins at zero, so that the first advantages
+    are the rewards; advantages are whitened over the step, rewards are not.
 
-    Logged besides: explained_variance of the returns by the critic (near 0 at first, then up; below 0 it
-    harms: lower --lr or raise --value-coef), kl_coef, and the parts of the loss.
+    Healthy besides: explained_variance of the returns by the critic rises from 0. Below: lower --lr.
     """
 
-    def extend(self, model):
-        self.critic = nn.Linear(model.config.n_embd, 1, device=model.norm.weight.device)
-        nn.init.zeros_(self.critic.weight)
-        nn.init.zeros_(self.critic.bias)
-        model.add_module("critic", self.critic)
+    by_token = True
 
-    def prepare(self, learner):
-        super().prepare(learner)
-        self.numbers["kl_coef"] = learner.saved.get("kl_coef", self.o.kl_coef)
+    def open_model(self):
+        model = super().open_model()
+        model.critic = nn.Linear(model.config.n_embd, 1, device=self.ranks.device)
+        nn.init.zeros_(model.critic.weight)
+        nn.init.zeros_(model.critic.bias)
+        return model
 
-    def weight(self, item):
-        return trained_tokens(item.examples)
+    def prepare(self):
+        super().prepare()
+        self.state["kl_coef"] = self.saved.get("kl_coef", self.o.kl_coef)
 
-    def more(self, model, hidden):
-        found = {"values": self.critic(hidden.float())[:, 0]}
+    def read(self, batch):
+        logp, hidden = self.read_logp(self.model, batch)
+        found = {"logp": logp, "values": self.model.critic(hidden.float())[:, 0]}
         if self.o.entropy_coef:
-            p = model.lm_head(hidden / self.o.temperature).float().softmax(-1)
+            p = self.model.lm_head(hidden / self.o.temperature).float().softmax(-1)
             found["entropy"] = -torch.xlogy(p, p).sum(-1)
         return found
 
     def credit(self, items):
-        o, coef = self.o, self.numbers["kl_coef"]
+        o, coef = self.o, self.state["kl_coef"]
         for item in items:
             facts = item.facts
-            lengths = [trained_tokens([e]) for e in item.examples]
-            kls = (facts["logp"] - facts["reference"]).split(lengths)
+            kls = (facts["logp"] - facts["reference"]).split(item.lengths)
+            values_of = facts["values"].split(item.lengths)
             advantages = []
-            values_of = facts["values"].split(lengths)
             for reward, kl, values in zip(facts["rewards"], kls, values_of, strict=True):
                 rewards = -coef * kl
                 rewards[-1] += reward
                 advantages += gae(rewards.tolist(), values.tolist(), o.gamma, o.lam)
             facts["advantages"] = torch.tensor(advantages)
             facts["returns"] = facts["advantages"] + facts["values"]
-        if not items:
-            return {}
         advantages = facts_of(items, "advantages")
         mean, std = advantages.mean(), advantages.std()
         for item in items:
             item.facts["advantages"] = (item.facts["advantages"] - mean) / (std + 1e-8)
         if o.kl_target:
-            self.numbers["kl_coef"] = next_kl_coef(coef, distance(items)["kl_answer"], o.kl_target)
+            self.state["kl_coef"] = next_kl_coef(coef, distance(items)["kl_answer"], o.kl_target)
         unexplained = advantages.var() / facts_of(items, "returns").var().clamp(min=1e-8)
         return {"explained_variance": 1 - float(unexplained), "kl_coef": coef}
 
@@ -1488,77 +1579,34 @@ class PPO(Play):
 
 METHODS = {"sft": SFT, "reward": RewardModel, "dpo": DPO, "grpo": GRPO, "ppo": PPO}
 
-def play(o: PlayStage) -> dict:
-    """Run GRPO or PPO: they differ in what they credit a token with, and in what they add to the loss.
-
-    Logged of a step's answers: reward and reward_std; good, what the checks say whatever the reward was;
-    length, ended, distinct; flat, the share of groups whose rewards are all equal; nan_rewards, those that
-    are no number. Of those that it learns from: kl to the reference in nats a token (mean log p / p_ref),
-    kl_answer, entropy of a token (mean -log p), clip_fraction. Of the time: rollout_share (answers and
-    rewards), generated_per_s.
-
-    Healthy: reward and good rise together, kl grows slowly (to some tenths of a nat), entropy falls slowly
-    and stays above zero, distinct stays; clip_fraction is some per cent. Reward up with good or distinct down
-    is hacking: raise kl_coef.
-    """
-    learner = Learner(o)
-    method = learner.method
+def train(o: Stage) -> dict:
+    """Run a stage: each does in a step what its class says."""
+    learner = METHODS[o.command](o)
     run = Run(o, learner.ranks, learner.save, learner.evaluate, learner.saved)
     for step, lr in run.steps():
         if not run.records:
             run.evaluate(last=False)
-        began = time.perf_counter()
-        # 1. Answers and their rewards; an answer whose reward is no number is left out
-        prompts = draw(learner.items, o.batch_size, step, o.seed)
-        groups = method.answer(prompts, o.samples, o.temperature, "play", step)
-        played = time.perf_counter() - began
-        summary = summarize(groups)
-        groups = [[a for a in group if math.isfinite(a.reward)] for group in groups]
-        # 2. Credit to each of their tokens
-        items = method.observe(groups)
-        flat = sum(map(is_flat, groups)) / len(groups)
-        run.note(**summary, flat=flat, **distance(items), **method.credit(items))
-        # 3. Updates
-        for turn in range(o.passes if items else 0):
-            order = np.random.default_rng([o.seed, step, turn]).permutation(len(items))
-            for part in np.array_split(order, min(o.minibatches, len(items))):
-                metrics = learner.measure([items[i] for i in part], run.scale)  # forward and backward
-                learner.sum_gradients()
-                grad_norm = clip_gradients(learner.model.parameters(), o.grad_clip, run.scale)
-                run.update(learner.optimizer, lr, **metrics, grad_norm=grad_norm)
-        tokens = round(summary["length"] * o.batch_size * o.samples)
-        seconds = time.perf_counter() - began
-        run.note(tokens=tokens, rollout_share=played / seconds, generated_per_s=tokens / method.seconds)
+        learner.step(run, step, lr)
     return run.result
 
 def is_flat(group: list[Answer]) -> bool:
     """Tell whether all rewards are equal. (A reward model's, of equal answers, differ in the last digits.)"""
-    rewards = [a.reward for a in group] or [0.0]
+    rewards = [a.reward for a in group]
     return max(rewards) - min(rewards) < 1e-4
 
 def distance(items: list[Item]) -> dict:
     """Measure how far the policy is from the reference, on the tokens that it wrote."""
-    if not items:
-        return {"kl": 0.0, "kl_answer": 0.0, "entropy": 0.0}
     logp = facts_of(items, "logp")
     kl = logp - facts_of(items, "reference")
     answers = sum(len(item.examples) for item in items)
     return {"kl": float(kl.mean()), "kl_answer": float(kl.sum()) / answers, "entropy": -float(logp.mean())}
 
 def summarize(groups: list[list[Answer]]) -> dict:
-    """Average what answers are like; rewards that are no number are left out, and counted."""
+    """Average what answers are like."""
     answers = list(itertools.chain(*groups))
-    rewards = [a.reward for a in answers if math.isfinite(a.reward)]
-    lost = len(answers) - len(rewards)
-    if lost:
-        say(f"{lost} of {len(answers)} rewards are no number; these answers are left out.")
-    rewards = rewards or [math.nan]
-    summary = {"reward": np.mean(rewards), "good": np.mean([a.good for a in answers])}
-    summary["length"] = np.mean([len(a.ids) for a in answers])
-    summary["ended"] = np.mean([a.ended for a in answers])
-    summary |= {"distinct": len({a.text for a in answers}) / len(answers), "reward_std": np.std(rewards)}
-    summary |= {"nan_rewards": lost} if lost else {}
-    return {name: float(value) for name, value in summary.items()}
+    rewards = [a.reward for a in answers]
+    means = {name: float(np.mean(values)) for name, values in features(answers).items()}
+    return {"reward": float(np.mean(rewards)), **means, "reward_std": float(np.std(rewards))}
 
 # ---- How good are a model's answers? -----------------------------------------------------------------------
 
@@ -1584,6 +1632,8 @@ def answer_all(folder, tasks, temperature, seed, device, max_new_tokens=None, sa
     """Let the model of a folder answer prompts -> `samples` answers to each."""
     model = load_model(folder, device, pick_dtype("auto", device))
     check(model.config.head == "lm", f"{folder} is a reward model: it gives scores, not answers.")
+    check(samples <= 1000, "--samples is at most 1,000.")
+    check(samples == 1 or temperature >= 0.01, "Several greedy answers are all one: raise --temperature.")
     tokenizer = load_tokenizer(folder)
     groups = []
     with progress(f"{folder} answers", len(tasks)) as show:
@@ -1595,113 +1645,89 @@ def answer_all(folder, tasks, temperature, seed, device, max_new_tokens=None, sa
     return groups
 
 @torch.no_grad()
-def mean_kl(policy, reference, items: list[Item]) -> list[float]:
-    """Compute KL(policy || reference) of each item, in nats a token: not sampled."""
+def mean_kl(policy, reference, mine: list[Answer], theirs: list[Answer]) -> list[float]:
+    """Compute KL(policy || reference) of each of my answers, in nats a token: exact, not sampled."""
+    alike = policy.config.vocab_size == reference.config.vocab_size
+    check(alike and [a.prompt for a in mine] == [a.prompt for a in theirs],
+          "The two folders have different tokenizers: no KL compares them.")
+    items = [Item([as_example(a.prompt, a.ids)]) for a in mine]
     result = []
     for i in range(0, len(items), 16):
         batch = batch_of(policy, items[i : i + 16])
         p, q = (batch.read(m, at=batch.at).float().log_softmax(-1) for m in (policy, reference))  # (N, V)
         kl = sum_by_example((p.exp() * (p - q)).sum(-1), batch)
-        result += (kl / batch.lengths.clamp(min=1)).tolist()
+        result += (kl / batch.lengths).tolist()
     return result
 
-def vote(answers: list[Answer]) -> Answer:
-    """Choose the answer that most agree with (self-consistency: 2203.11171), the first of them. Two agree as
-    syntax trees where they parse, else as texts; no reward is asked."""
-    forms = []
-    for a in answers:
-        rules = a.task["check"]
-        tree = parse(rules["before"] + a.text + rules["after"]) if rules and a.ended else None
-        forms.append((tree and attempt(ast.dump, tree)) or a.text.strip())
-    return answers[forms.index(Counter(forms).most_common(1)[0][0])]
+def features(answers: list[Answer]) -> dict[str, list]:
+    """List what answers are like, by name: a number for each, or for each that its prompt has checks for."""
+    texts = [a.text for a in answers]
+    found = {"good": [a.good for a in answers if a.grades]}
+    found["length"] = [len(a.ids) for a in answers]
+    found["ended"] = [a.ended for a in answers]
+    found["distinct"] = [text not in texts[:i] for i, text in enumerate(texts)]
+    return {name: values for name, values in found.items() if values}
 
-def rates(answers: list[Answer]) -> dict:
-    """Measure what the checks say, for each task and over the tasks that were trained."""
+def rate(answers: list[Answer]) -> dict:
+    """Measure answers by their checks, for each task and over the tasks that were trained."""
     rows = {}
-    checked = [a for a in answers if a.task["check"]]
+    checked = [a for a in answers if a.grades]
     for task in sorted({a.task["task"] for a in checked}):
         some = [a for a in checked if a.task["task"] == task]
-        held_out = any(a.task["held_out"] for a in some)
-        rows[f"good: {task}{' (held out)' * held_out}"] = row([a.good for a in some])
-    trained = [a for a in checked if not a.task["held_out"]] or answers
-    rows["good"] = row([all(a.grades.values()) for a in trained])
-    for name in CHECKS if checked else ("ends",):
-        rows[name] = row([a.grades[name] for a in trained if name in a.grades])
-    texts = [a.text for a in answers]
-    rows["distinct"] = row([text not in texts[:i] for i, text in enumerate(texts)])
-    return rows | {"length, tokens": row([len(a.ids) for a in answers])}
-
-def compare(folder, against, reward, answers: list[Answer], theirs: list[Answer], device) -> dict:
-    """Measure how far a model's answers are from another model, and which of the two answers better."""
-    model, other = load_model(folder, device), load_model(against, device)
-    check(other.config.vocab_size == model.config.vocab_size,
-          f"{folder} and {against} have other vocabularies: no KL compares them.")
-    items = [Item([as_example(a.prompt, a.ids)]) for a in answers]
-    rows = {"KL to the other, nats a token": row(mean_kl(model, other, items))}
-
-    def wins(mine, others):
-        return row([(a > b) + 0.5 * (a == b) for a, b in zip(mine, others, strict=True)])
-
-    if all(a.task["check"] for a in answers):
-        passed = ([sum(a.grades.values()) for a in some] for some in (answers, theirs))
-        rows["wins by the checks"] = wins(*passed)
-    if reward:
-        judge = Judge(reward, device)
-        scored = (judge([a.conversation for a in some]) for some in (answers, theirs))
-        rows["wins by the reward model"] = wins(*scored)
+        held_out = " (held out)" if some[0].task["held_out"] else ""
+        rows[f"good: {task}{held_out}"] = row([a.good for a in some])
+    trained = [a for a in answers if not a.task["held_out"]] or answers
+    rows |= {name: row(values) for name, values in features(trained).items()}
+    checked = [a for a in trained if a.grades]
+    if checked:
+        rows |= {name: row([a.grades[name] for a in checked]) for name in CHECKS}
+        rows["likeness"] = row([likeness(a.text, a.task["check"]["answer"]) for a in checked])
     return rows
 
-def best_of(groups: list[list[Answer]], reward, device) -> dict:
-    """Measure what several answers to a prompt are worth: pass@k, their vote, the judge's best."""
-    n = len(groups[0])
-    rows = {}
-    for k in sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n}):
-        rows[f"pass@{k}"] = row([pass_at_k(n, sum(a.good for a in group), k) for group in groups])
-    rows[f"good: vote of {n}"] = row([vote(group).good for group in groups])
-    if reward:
-        found = Judge(reward, device)([a.conversation for group in groups for a in group])
-        best = np.reshape(found, (-1, n)).argmax(1)
-        chosen = [group[i].good for group, i in zip(groups, best, strict=True)]
-        rows[f"good: best of {n} by the reward model"] = row(chosen)
-    return rows
-
-def assess(folder, records, against=None, reward=None, temperature=JUDGED_AT, seed=0, text=None, device=None,
+def assess(folder, tasks, against=None, reward=None, temperature=JUDGED_AT, seed=0, text=None, device=None,
            samples=1) -> dict:
     """Measure everything that `evaluate` prints: {name: (value, low, high, n)}."""
     device = device or pick_device()
-    checked = [r for r in records if r["check"] and not r["held_out"]]
-    check(samples == 1 or checked,
+    trained = [i for i, task in enumerate(tasks) if task["check"] and not task["held_out"]]
+    check(samples == 1 or trained,
           "--samples needs prompts that carry checks, as `python align.py data` makes them.")
-    check(not reward or against or samples > 1,
+    check(reward is None or against or samples > 1,
           "--reward judges between answers: give --against another folder, or --samples.")
-    answers = [group[0] for group in answer_all(folder, records, temperature, seed, device)]
-    rows = rates(answers)
+    judge = None
+    if reward is not None or all(task["check"] for task in tasks):
+        judge = Reward(["checks" if reward is None else reward], 0.0, device)
+    by = "the checks" if reward is None else "the reward model"
+    tokens = Tokens(text, "val") if text else None
+    check(not tokens or tokens.vocab_size == load_tokenizer(find_checkpoint(folder)).n_vocab,
+          f"{text} and {folder} have different tokenizers: give the --data of its pretraining.")
+    groups = answer_all(folder, tasks, temperature, seed, device, samples=samples)
+    answers = [group[0] for group in groups]
+    rows = rate(answers)
+    model = load_model(folder, device)
     if against:
-        theirs = [group[0] for group in answer_all(against, records, temperature, seed, device)]
-        rows |= compare(folder, against, reward, answers, theirs, device)
+        theirs = [group[0] for group in answer_all(against, tasks, temperature, seed, device)]
+        other = load_model(against, device)
+        rows["KL to the other, nats a token"] = row(mean_kl(model, other, answers, theirs))
+        if judge:
+            found = zip(judge(answers), judge(theirs), strict=True)
+            rows[f"wins by {by}"] = row([(a > b) + 0.5 * (a == b) for a, b in found])
     if samples > 1:
-        groups = answer_all(folder, checked, temperature, seed, device, samples=samples)
-        rows |= best_of(groups, reward, device)
-    if text:
-        tokens = Tokens(text, "val")
-        check(tokens.vocab_size == load_tokenizer(folder).n_vocab,
-              f"{text} and {folder} have different tokenizers: give the --data of its pretraining.")
-        model = load_model(folder, device)
+        some = [groups[i] for i in trained]
+        for k in (k for k in range(1, samples + 1) if k == samples or k.bit_count() == 1):
+            rows[f"pass@{k}"] = row([pass_at_k(samples, sum(a.good for a in group), k) for group in some])
+        if reward:
+            best = [group[int(np.argmax(judge(group)))] for group in some]
+            rows[f"good: best of {samples} by {by}"] = row([a.good for a in best])
+    if tokens:
         found = evaluate_text(model, tokens, model.config.seq_len, 16, 50_000)
         rows["bits per byte of the pretraining text"] = (found["val_bpb"], None, None, found["val_tokens"])
     return rows
 
 # ---- The commands ------------------------------------------------------------------------------------------
 
-def write_lines(path: Path, records: list[dict], overwrite: bool) -> None:
-    check(overwrite or not path.exists(), f"{path} exists already: --overwrite replaces it.")
-    save_files(path.parent, {path.name: "".join(json.dumps(record) + "\n" for record in records)})
-
 def run_stage(o: Stage) -> dict | None:
     """Run a training stage, or only show what it would train."""
-    if o.show_mask:
-        return print_mask(o)
-    return play(o) if isinstance(o, PlayStage) else learn(o)
+    return print_mask(o) if o.show_mask else train(o)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.split("\n\n")[0])
 for kind in (SFTStage, RewardStage, DPOStage, PPOStage, GRPOStage):
@@ -1709,124 +1735,140 @@ for kind in (SFTStage, RewardStage, DPOStage, PPOStage, GRPOStage):
 
 Folder = Annotated[str, typer.Argument(help="Checkpoint folder that answers.")]
 Prompts = Annotated[str, typer.Option(help="JSON lines with prompts, and checks.")]
-Limit = Annotated[int, typer.Option(help="Prompts, drawn evenly; 0: all.")]
+Limit = Annotated[int, opt("", "Prompts, drawn evenly; 0: all.", low=0)]
 Task = Annotated[str | None, typer.Option(help="Prompts of this task only.")]
-Temperature = Annotated[float, typer.Option(help="Of the answers: 1 as the model says, 0 greedy.")]
-Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+Temperature = Annotated[float, opt("", "Of the answers: 1 as the model says, 0 greedy.", low=0)]
+Longest = Annotated[int, opt("", "Longest answer.", low=1)]
+Seed = Annotated[int, opt("", "Of everything that is drawn.", low=0)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
+
+def check_new(path: Path, overwrite: bool) -> None:
+    """Refuse a file that cannot be written, or that would be lost, before the work is done."""
+    fit = len(path.name) < 250 and not os.path.isdir(path)
+    check(fit, f"{path} cannot be a file: give --out another name.")
+    check(overwrite or not os.path.exists(path), f"{path} exists already: --overwrite replaces it.")
+
+def write_lines(path: Path, records: list[dict]) -> None:
+    save_files(path.parent, {path.name: "".join(json.dumps(record) + "\n" for record in records)})
 
 @app.command()
 def data(
     source: Annotated[str, typer.Option("--data", help="Data folder to take apart.")] = "data/python",
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("data/instructions"),
     held_out: Annotated[str, typer.Option(help=f"Task only judged: {', '.join(TASKS)}.")] = "continue",
-    limit: Annotated[int, typer.Option(help="Most training examples of a task.")] = 4000,
-    val_limit: Annotated[int, typer.Option(help="Most examples of a task to judge by.")] = 150,
-    max_tokens: Annotated[int, typer.Option(help="Longest conversation: the model's context.")] = 256,
+    limit: Annotated[int, opt("", "Most examples of a task in a file.", low=1)] = 4000,
+    max_tokens: Annotated[int, opt("", "Longest conversation: the model's context.", low=1)] = 256,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make instructions from Python functions: training ones from the modules that pretraining trained on,
-    those to judge by from the modules that it only validated on."""
+    """Make instructions from Python functions: train.jsonl from the modules that pretraining trained on, and
+    from halves of those that it only validated on val.jsonl, to choose by, and test.jsonl, to report."""
     check(held_out in TASKS, f"--held-out is one of {', '.join(TASKS)}; not {held_out!r}.")
-    check(min(limit, val_limit) >= 1, "--limit and --val-limit have to be at least 1.")
-    for path in (out / "train.jsonl", out / "val.jsonl"):
-        check(overwrite or not path.exists(), f"{path} exists already: --overwrite replaces it.")
-    default_data(source, Ranks())
-    for split, most in (("train", limit), ("val", val_limit)):
-        records, dropped = instructions_of(source, split, most, max_tokens, seed)
-        records = [r | ({"held_out": True} if r["task"] == held_out else {}) for r in records]
-        records = [r for r in records if split == "val" or r["task"] != held_out]
-        say(f"{split}: {describe(Counter(r['task'] for r in records))}; {describe(dropped)}")
-        check(records, f"The {split} split of {source} has no function to make instructions of.")
+    splits = ("test", "val", "train")
+    for split in splits:
+        check_new(out / f"{split}.jsonl", overwrite)
+    default_data([source], Ranks())
+    made, seen = {}, set()
+    for split in splits:
+        records, left_out = instructions_of(source, split, limit, max_tokens, seed, seen)
+        records = [r for r in records if split != "train" or r["task"] != held_out]
+        say(f"{split}: {describe(Counter(r['task'] for r in records))}; left out: {describe(left_out)}")
+        check(records, f"There is no instruction for {split}.jsonl: --data has to be a folder of Python "
+              "modules, several of them in its validation split, with functions that fit --max-tokens.")
         random.Random(seed).shuffle(records)
-        write_lines(out / f"{split}.jsonl", records, overwrite)
-    say(f"{out} written. One of them:\n")
-    for message in records[0]["messages"]:
-        say(f"[{message['role']}]\n{message['content']}", markup=False, style="cyan")
+        made[split] = [r | {"held_out": True} if r["task"] == held_out else r for r in records]
+    for split in splits:
+        write_lines(out / f"{split}.jsonl", made[split])
+    say(f"{out} written. One of them:\n", markup=False)
+    show(made["train"][0]["messages"])
+
+def show(messages: list[dict]) -> None:
+    for message in messages:
+        say(f"[{message['role']}]\n{message['content']}", markup=False)
 
 @app.command()
 def pairs(
     folder: Folder = "out/sft",
     prompts: Prompts = "data/instructions/train.jsonl",
     out: Annotated[Path, typer.Option(help="JSON-lines file to write.")] = Path("data/pairs.jsonl"),
-    samples: Annotated[int, typer.Option(help="Answers to each prompt.")] = 3,
+    samples: Annotated[int, opt("", "Answers to each prompt.", low=2)] = 3,
     limit: Limit = 8000,
     task: Task = None,
     temperature: Temperature = JUDGED_AT,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    max_new_tokens: Longest = 128,
     seed: Seed = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Rank a model's own answers by the checks: each good one beside each bad one to the same prompt.
 
-    Prompts whose answers are all good or all bad teach nothing and are counted. A bad answer that was cut off
-    is left out: it would be given an end that nobody wrote, to unlearn it."""
-    check(samples >= 2, "--samples has to be at least 2: a preference is between two answers.")
-    check(overwrite or not out.exists(), f"{out} exists already: --overwrite replaces it.")
-    records = [r for r in load_prompts(prompts, limit, task) if r["check"]]
-    check(records, f"The prompts of {prompts} carry no checks: rank by hand with `python align.py label`.")
-    made, counts = [], Counter()
-    for group in answer_all(folder, records, temperature, seed, pick_device(device), max_new_tokens, samples):
-        asked = {name: group[0].task[name] for name in ("prompt", "task")}
-        group.sort(key=lambda a: -sum(a.grades.values()))
-        good = dict.fromkeys(a.text for a in group if a.good)
-        bad = dict.fromkeys(a.text for a in group if a.ended and not a.good)
-        counts["all good" if not bad else "none good" if not good else "with both"] += 1
+    Prompts whose answers are all good or all bad teach nothing and are counted. An answer that was cut off is
+    left out: it would be given an end that nobody wrote."""
+    check_new(out, overwrite)
+    check(out.resolve() != Path(prompts).resolve(), "--out would replace --prompts: give it another name.")
+    tasks = [task for task in load_prompts(prompts, limit, task) if task["check"]]
+    check(tasks, f"The prompts of {prompts} carry no checks: rank by hand with `python align.py label`.")
+    made, counts, cut = [], Counter(), 0
+    groups = answer_all(folder, tasks, temperature, seed, pick_device(device), max_new_tokens, samples)
+    for asked, group in zip(tasks, groups, strict=True):
+        ended = [a for a in group if a.ended]
+        cut += len(group) - len(ended)
+        good = dict.fromkeys(a.text for a in ended if a.good)
+        bad = dict.fromkeys(a.text for a in ended if not a.good)
+        counts["with both" if good and bad else "all good" if good else "none good"] += 1
         for chosen, rejected in itertools.product(good, bad):
-            made.append(asked | {"chosen": chosen, "rejected": rejected})
-    say(f"{samples} answers of {folder} to each of {len(records):,} prompts: {describe(counts)}")
+            record = {"prompt": asked["prompt"], "task": asked["task"]}
+            made.append(record | {"chosen": chosen, "rejected": rejected})
+    say(f"{samples} answers of {folder} to each of {len(tasks):,} prompts: {describe(counts)}; "
+        f"{cut:,} answers that were cut off are left out", markup=False)
     check(made, f"No prompt had a good answer and a bad one: train {folder} further, or raise --temperature.")
-    write_lines(out, made, overwrite)
-    say(f"{out} written: {len(made):,} pairs.")
+    write_lines(out, made)
+    say(f"{out} written: {len(made):,} pairs.", markup=False)
 
 @app.command()
 def label(
     folder: Folder = "out/sft",
-    prompts: Prompts = "data/instructions/val.jsonl",
+    prompts: Prompts = "data/instructions/train.jsonl",
     out: Annotated[Path, typer.Option(help="JSON lines to add the pairs to.")] = Path("data/labels.jsonl"),
     limit: Limit = 50,
     temperature: Temperature = 1.0,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """Show two answers: 1 or 2 for the better one, s to skip, q to end. What is chosen is written at once;
-    prompts that the file has already are not asked again."""
-    done = [r.get("prompt") for r in read_lines(out, dict)] if out.exists() else []
-    records = [r for r in load_prompts(prompts, limit) if r["prompt"] not in done]
-    if not records:
-        return say(f"All prompts are labelled in {out}.")
-    groups = answer_all(folder, records, temperature, seed, pick_device(device), samples=2)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "a", encoding="utf-8") as file:
-        for i, (first, second) in enumerate(groups):
-            key = "s" if first.text == second.text else ask(first, second, f"{i + 1} of {len(groups)}")
-            if key == "q":
-                break
-            if key != "s":
-                chosen, rejected = (first, second) if key == "1" else (second, first)
-                record = {"prompt": first.task["prompt"], "chosen": chosen.text, "rejected": rejected.text}
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-    say(f"{out} holds {sum(1 for _ in read_lines(out, dict))} pairs.")
+    """Show two answers: type 1 or 2 for the better one, s to skip, q to end. What is chosen is written at
+    once; prompts that the file has already are not asked again."""
+    check_new(out, overwrite=True)
+    done = list(read_lines(out, read_ranking)) if out.exists() else []
+    asked = [talks[0][:-1] for talks in done]
+    tasks = [task for task in load_prompts(prompts, limit) if task["prompt"] not in asked]
+    if not tasks:
+        return say(f"All prompts are labelled in {out}.", markup=False)
+    groups = answer_all(folder, tasks, temperature, seed, pick_device(device), samples=2)
+    groups = [[a, b] for a, b in groups if a.ended and b.ended and a.text != b.text]
+    left = len(tasks) - len(groups)
+    say(f"{left} of {len(tasks)} prompts have equal answers or one that was cut off: they are left out.")
+    lines = out.read_text(encoding="utf-8-sig").splitlines() if out.exists() else []
+    for i, pair in enumerate(groups, 1):
+        say(f"---- {i} of {len(groups)}")
+        show([*pair[0].task["prompt"], *({"role": str(k), "content": a.text} for k, a in enumerate(pair, 1))])
+        key = read_key()
+        if key == "q":
+            break
+        if key != "s":
+            chosen, rejected = pair if key == "1" else pair[::-1]
+            record = {"prompt": chosen.task["prompt"], "chosen": chosen.text, "rejected": rejected.text}
+            lines.append(json.dumps(record))
+            save_files(out.parent, {out.name: "\n".join(lines) + "\n"})
+    say(f"{out} holds {len([line for line in lines if line.strip()])} pairs.", markup=False)
 
-def ask(first: Answer, second: Answer, title: str) -> str:
-    """Show two answers side by side and read a key: without Enter on a terminal, else from standard input."""
-    from rich.columns import Columns
-    from rich.markup import escape
-    from rich.panel import Panel
-
-    width = max(20, console().width // 2 - 2)
-    console().print(Panel(escape(first.task["prompt"][-1]["content"]), title=title, title_align="left"))
-    answers = [Panel(escape(a.text), title=key, width=width) for key, a in (("1", first), ("2", second))]
-    console().print(Columns(answers))
-    say("[bold]1 / 2 / s / q[/] ? ")
+def read_key() -> str:
+    """Read 1, 2, s or q from a line of standard input; its end is q."""
     while True:
-        key = typer.getchar() if sys.stdin.isatty() else sys.stdin.read(1) or "q"
-        if key.lower() in "12sq":
-            return key.lower()
+        say("1 / 2 / s / q ?")
+        line = sys.stdin.buffer.readline().decode(errors="replace") or "q"
+        if line.strip().lower() in ("1", "2", "s", "q"):
+            return line.strip().lower()
 
 @app.command()
 def evaluate(
@@ -1838,28 +1880,23 @@ def evaluate(
     task: Task = None,
     text: Annotated[str | None, typer.Option("--data", help="Pretraining's text.")] = "data/python",
     temperature: Temperature = JUDGED_AT,
-    samples: Annotated[int, typer.Option(help="Answers to each prompt: pass@k, vote, best (--reward).")] = 1,
+    samples: Annotated[int, opt("", "Answers to each prompt: pass@k, best (--reward).", low=1)] = 1,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object to standard output.")] = False,
 ) -> None:
     """Measure how good a model's answers are, by rules, with 95 % confidence intervals."""
-    records = load_prompts(prompts, limit, task)
-    check(samples >= 1, "--samples has to be at least 1.")
-    check(samples == 1 or temperature, "--samples needs a --temperature above 0: greedy answers are all one.")
+    tasks = load_prompts(prompts, limit, task)
     check(text in (None, "data/python") or Path(text).is_dir(), f"There is no data folder {text}.")
     text = text if text and Path(text).exists() else None
-    rows = assess(folder, records, against, reward, temperature, seed, text, pick_device(device), samples)
+    rows = assess(folder, tasks, against, reward, temperature, seed, text, pick_device(device), samples)
     if as_json:
         names = ("value", "low", "high", "n")
         return print(json.dumps({what: dict(zip(names, found, strict=True)) for what, found in rows.items()}))
-    from rich.table import Table
-
-    title = f"{folder} against {against}" if against else folder
-    table = Table("what", "value", "95 % interval", "n", title=title, title_justify="left")
-    for name, (value, low, high, n) in rows.items():
-        table.add_row(name, f"{value:.3f}", "" if low is None else f"{low:.3f} to {high:.3f}", f"{n:,}")
-    console().print(table)
+    say(f"{'what':40}{'value':>9}   {'95 % interval':20}n")
+    for what, (value, low, high, n) in rows.items():
+        interval = "" if low is None else f"{low:.3f} to {high:.3f}"
+        say(f"{what:40}{value:9.3f}   {interval:20}{n:,}", markup=False)
 
 if __name__ == "__main__":
     run_app(app)

@@ -997,7 +997,7 @@ def find_checkpoint(folder: str | Path, shards: bool = False) -> Path:
     """Find the checkpoint in a folder, or say what there is instead. shards: those of a run count too."""
     folder = Path(folder)
     finish_save(folder)
-    sharded = (folder / "state" / "shards").is_dir()
+    sharded = any(folder.glob("state/shards/*.safetensors"))
     if (folder / "config.json").is_file() and (weight_files(folder) or (shards and sharded)):
         return folder
     check(not sharded, f"{folder} holds the shards of a run: python parallel.py export {folder} joins them.")
@@ -1027,8 +1027,8 @@ def save_checkpoint(folder, model, tokenizer: str | Path, *, state=None, weights
     """
     weights = weights or model.state_dict()
     weights = {hf_name(n, model.config): p.detach().cpu().contiguous() for n, p in weights.items()}
-    broken = [name for name, p in weights.items() if not p.isfinite().all()]
-    check(not broken, f"Weights are no numbers ({', '.join(broken[:1])}): {folder} keeps what it holds.")
+    broken = [name for name, p in weights.items() if not p.abs().max() < 65504]  # fp16's largest; NaN
+    check(not broken, f"Weights are no sane numbers ({', '.join(broken[:1])}): {folder} keeps what it holds.")
     if model.config.tie:
         weights.pop("lm_head.weight", None)
     files = checkpoint_files(model.config, tokenizer)
@@ -1120,7 +1120,9 @@ def load_state(folder: str | Path) -> tuple[dict, dict]:
     state = saved_state(folder)
     return dict(read_tensors(find_checkpoint(folder) / "state" / "optimizer.safetensors")), state
 
-STATE = {"at": int, "finished": bool, "command": str, "options": dict}  # what every run says of itself
+# What every run says of itself.
+STATE = {"at": int, "finished": bool, "command": str, "options": dict, "scale": float, "good": int,
+         "skipped": int}
 
 def saved_state(folder: str | Path) -> dict:
     """Read what a folder says of its run: the step, the options, the positions in the data."""
@@ -1128,6 +1130,8 @@ def saved_state(folder: str | Path) -> dict:
     check(path.is_file(), f"{folder} is a finished model without the state of its run: it cannot be resumed.")
     state = read_json(path)
     wrong = [name for name, kind in STATE.items() if not is_a(state.get(name), kind)]
+    wrong += ["a step that was done"] * (not wrong and state["at"] < 0)
+    wrong += ["taken"] * (not fits(state.get("taken", []), list[int]))
     check(not wrong, f"{path} does not say {', '.join(wrong)} of its run: it cannot be resumed.")
     return state
 
@@ -1234,6 +1238,7 @@ class Tokens:
 def open_data(specs) -> tuple[list[Tokens], list[Tokens], list[float]]:
     """Open FOLDER or FOLDER:WEIGHT, several -> training splits, validation splits, weights."""
     folders, weights = [], []
+    check(specs, "--data names no folder.")
     for spec in specs:
         found = re.fullmatch(r"(.+?)(?::(\d*\.?\d+))?", spec)
         check(found and float(found[2] or 1) > 0, f"--data {spec!r}: write FOLDER or FOLDER:WEIGHT, above 0.")
@@ -1271,6 +1276,7 @@ class Batches:
         self.rank, self.world, self.change = rank, world, change
         self.share = np.array(weights) / sum(weights)
         self.taken = list(taken or [0] * len(sources))
+        check(len(self.taken) == len(sources), f"The run has read {len(self.taken)} sources of data.")
         self.pool = ThreadPoolExecutor(1)
         self.ahead = (None, None)  # the step that is being read, and its future
 
@@ -1665,9 +1671,10 @@ def check_out(out: Path, overwrite: bool) -> None:
         free = not out.is_file() and all(p.is_dir() or p.suffix == ".new" for p in out.rglob("*"))
         check(free, f"{out} exists and is not a checkpoint folder: choose another --out.")
 
-def default_data(folder: str, ranks: Ranks) -> None:
+def default_data(folders, ranks: Ranks) -> None:
     """Let tokenize.py make the embedded data set where it is asked for and is missing."""
-    if folder == TrainOptions.data[0] and not Path(folder).exists() and ranks.rank == 0:
+    folder = TrainOptions.data[0]
+    if folder in folders and not Path(folder).exists() and ranks.rank == 0:
         say(f"No data in {folder}: preparing the sources of this Python (python tokenize.py prepare), once.")
         line = [sys.executable, str(Path(__file__).with_name("tokenize.py")), "prepare", "--output", folder]
         check(subprocess.run(line).returncode == 0, "tokenize.py prepare failed; its words above say why.")
@@ -1867,12 +1874,14 @@ class Run:
         self.asked = True
 
 def read_metrics(path: Path) -> list[dict]:
-    """Read a run's log; half a line at its end, of a run that was killed, is left out."""
+    """Read a run's log; what a kill or a full disk left of a line is passed over."""
     records = []
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
+                record = json.loads(line)
+                if isinstance(record, dict) and is_a(record.get("step"), int):
+                    records.append(record)
     return records
 
 # ---- Words for people

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Annotated
 
 from model import (  # before torch: it says how OpenMP's threads wait
-    AUX, MLP, Config, Family, Linear, Tokens, Transformer, check, check_out, config_to_hf, console,
-    count_params, evaluate, find_checkpoint, load_model, load_tokenizer, pick_device, pick_dtype, resize,
-    run_app, save_checkpoint, save_files, say, synchronize,
+    AUX, MLP, Config, Family, Linear, Tokens, Transformer, check, check_memory, check_out, config_to_hf,
+    console, count_params, evaluate, find_checkpoint, load_model, load_tokenizer, opt, pick_device,
+    pick_dtype, read_tokenizer, resize, run_app, save_checkpoint, save_files, say, synchronize,
 )
 
 import numpy as np
@@ -39,10 +39,7 @@ import typer
 
 # B sequences, T tokens of a sequence, N = B*T, C n_embd, L layers, E experts, A active experts of a token.
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Part I: the layer
-# ------------------------------------------------------------------------------------------------------------
+# ---- Part I: the layer -------------------------------------------------------------------------------------
 
 def route(logits, config: Config, bias=None):
     """Choose experts and their weights: (N, E) float32 -> scores (N, E), chosen (N, A), weights (N, A).
@@ -96,7 +93,8 @@ def balance_loss(share, load):
     by itself (2412.19437, eq. 17-20), averaged: so it does not depend on what else is in the micro-batch, and
     accumulation and any number of ranks leave the gradient what it is.
     """
-    return share.shape[-1] * (load * share.mean(1)).sum(-1).mean()
+    mean_share = share.mean(1)  # (B, E)
+    return share.shape[-1] * (load * mean_share).sum(-1).mean()
 
 def router_z_loss(logits):
     """Compute the mean of (log sum exp logits)^2: it keeps logits where exp is exact (2202.08906, eq. 5)."""
@@ -127,7 +125,8 @@ def loop(experts, x, chosen, weights):
     for e, expert in experts.items():
         token, choice = (chosen == int(e)).nonzero(as_tuple=True)
         weight = weights[token, choice].to(x.dtype)
-        y = y.index_add(0, token, weight.unsqueeze(1) * expert(x[token]))
+        part = weight.unsqueeze(1) * expert(x[token])
+        y = y.index_add(0, token, part)
     return y
 
 class Router(Linear):
@@ -150,8 +149,9 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         self.gate = Router(config)
-        experts = {str(e): MLP(config.n_embd, config.expert_dim) for e in range(config.n_expert)}
-        self.experts = nn.ModuleDict(experts)
+        self.experts = nn.ModuleDict()
+        for e in range(config.n_expert):
+            self.experts[str(e)] = MLP(config.n_embd, config.expert_dim)
         self.shared_experts = None
         if config.n_expert_shared:
             self.shared_experts = MLP(config.n_embd, config.expert_dim * config.n_expert_shared)
@@ -171,8 +171,8 @@ class MoE(nn.Module):
             y = y + self.shared_experts(x)
         if not self.training:
             return y, logits.new_zeros(len(AUX) + E)
-        logits, scores, chosen = (t.view(B, T, -1) for t in (logits, scores, chosen))
-        return y, self.row(logits, scores, chosen, dropped=(taken == E).float().mean())
+        dropped = (taken == E).float().mean()
+        return y, self.row(logits, scores.view(B, T, E), chosen.view(B, T, -1), dropped)
 
     def row(self, logits, scores, chosen, dropped):
         """Measure the columns of model.AUX, then the loads: (5 + E,), means over sequences."""
@@ -184,7 +184,8 @@ class MoE(nn.Module):
         weight = balance_rate(c) if c.balance == "loss" else 0.0
         loss = weight * balance + c.z_loss * z
         surprise = -share.clamp(min=1e-20).log()
-        entropy = (share * surprise).sum(-1).mean() / math.log(max(c.n_expert, 2))  # 1: it cannot decide
+        entropy = (share * surprise).sum(-1).mean()
+        entropy = entropy / math.log(max(c.n_expert, 2))  # 1: it cannot decide
         seen = torch.stack((balance, z, dropped, entropy)).detach()
         return torch.cat((loss[None], seen, load.mean(0)))
 
@@ -207,10 +208,7 @@ def shift_bias(model: Transformer, aux) -> None:
             step = balance_rate(model.config) * torch.sign(load.mean() - load)
             block.mlp.gate.e_score_correction_bias += step
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Part II: its place in configs, folders and logs
-# ------------------------------------------------------------------------------------------------------------
+# ---- Part II: its place in configs, folders and logs -------------------------------------------------------
 
 def check_experts(c: Config) -> None:
     """Refuse experts that cannot be."""
@@ -277,8 +275,10 @@ def routing_record(aux, config: Config) -> dict:
     load = aux[:, len(AUX) :]
     record = dict(zip(AUX, aux.mean(0).tolist(), strict=False))
     record["aux_loss"] = aux[:, 0].sum().item()
-    record["load_max"] = (load.amax(1) / load.mean(1)).max().item()
-    return record | {"load": [[round(x, 4) for x in row] for row in load.tolist()]}
+    largest = load.amax(1) / load.mean(1)
+    record["load_max"] = largest.max().item()
+    record["load"] = [[round(x, 4) for x in row] for row in load.tolist()]
+    return record
 
 def load_bars(load: list[list[float]]) -> str:
     """Draw a bar for each expert of each layer, of full height at twice the mean."""
@@ -290,14 +290,15 @@ def load_bars(load: list[list[float]]) -> str:
     return "\n".join(lines)
 
 @torch.no_grad()
-def upcycled(dense: Transformer, n_expert: int, n_expert_active: int, seed: int = 0) -> Transformer:
+def upcycled(dense: Transformer, n_expert: int, n_expert_active: int) -> Transformer:
     """Build a mixture whose experts are copies of the dense networks (Komatsuzaki et al. 2022, 2212.05055).
 
     The weights of the chosen add up to one: it computes what the dense model does, whatever the routers say.
     """
     fields = {"n_expert": n_expert, "n_expert_active": n_expert_active, "expert_dim": dense.config.ffn_dim}
     config = dense.config.replace(**fields)
-    model = Transformer(config).init_weights(seed)
+    check_memory(config.replace(n_expert_active=n_expert), torch.device("cpu"), 4)  # all of them are built
+    model = Transformer(config).init_weights()
     weights = dense.state_dict()
     for name, tensor in model.state_dict().items():
         source = re.sub(r"\.experts\.\d+", "", name)
@@ -305,10 +306,7 @@ def upcycled(dense: Transformer, n_expert: int, n_expert_active: int, seed: int 
             tensor.copy_(weights[source])
     return model.eval()
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Part III: what the experts of a trained model do
-# ------------------------------------------------------------------------------------------------------------
+# ---- Part III: what the experts of a trained model do ------------------------------------------------------
 
 CLASSES = ("keyword", "name", "string", "comment", "number", "operator", "indentation")
 KINDS = {"NAME": "name", "COMMENT": "comment", "NUMBER": "number", "OP": "operator"}  # of Python's lexer
@@ -334,7 +332,8 @@ def token_classes(pieces: list[bytes]) -> np.ndarray | None:
             kind = "string" if "STRING" in kind else KINDS.get(kind)  # FSTRING_START, FSTRING_MIDDLE ...
             if kind:
                 kind = "keyword" if keyword.iskeyword(token.string) else kind
-                begin, end = (starts[row - 1] + column for row, column in (token.start, token.end))
+                begin = starts[token.start[0] - 1] + token.start[1]
+                end = starts[token.end[0] - 1] + token.end[1]
                 of_char[begin:end] = CLASSES.index(kind)
     except (UnicodeDecodeError, tokenize.TokenError, SyntaxError, IndexError):
         return None
@@ -360,8 +359,7 @@ def read_python(tokens: Tokens, T: int, limit: int) -> tuple[list, list]:
         if classes is not None:
             documents.append(ids[:T])
             labels.append(classes[:T])
-    check(sum(map(len, labels)) >= 100,
-          f"{tokens.folder} holds too little Python that its lexer can read: the classes are Python's.")
+    check(documents, f"{tokens.folder} holds no Python that its lexer can read: the classes are Python's.")
     return documents, labels
 
 @torch.inference_mode()
@@ -389,7 +387,8 @@ def specialization(chosen, classes, E: int) -> tuple[np.ndarray, float]:
     joint = counts / counts.sum()
     independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
     some = joint > 0
-    bits = float((joint[some] * np.log2(joint[some] / independent[some])).sum())
+    ratio = joint[some] / independent[some]
+    bits = float((joint[some] * np.log2(ratio)).sum())
     return counts / np.maximum(counts.sum(1, keepdims=True), 1), bits
 
 def losses_without(gate: Router, loss) -> list[float]:
@@ -398,7 +397,9 @@ def losses_without(gate: Router, loss) -> list[float]:
     start = torch.zeros(len(gate.weight)) if bias is None else bias
     losses = []
     for e in range(len(gate.weight)):
-        gate.e_score_correction_bias = start.index_fill(0, torch.tensor(e), -torch.inf)
+        closed = start.clone()
+        closed[e] = -torch.inf
+        gate.e_score_correction_bias = closed
         losses.append(loss()["val_loss"])
     gate.e_score_correction_bias = bias
     return losses
@@ -419,9 +420,9 @@ def study_of(model: Transformer, tokens: Tokens, limit: int, off_limit: int) -> 
     for row, block in enumerate(sparse):
         chosen = routes[:, row]
         table, bits = specialization(chosen, classes, E)
-        shuffled = [specialization(chosen, rng.permutation(classes), E)[1] for _ in range(10)]
+        _, chance = specialization(chosen, rng.permutation(classes), E)
         load = np.bincount(chosen.ravel(), minlength=E) / chosen.size
-        layer = {"load": load, "by_class": table, "bits": bits, "bits_by_chance": max(shuffled)}
+        layer = {"load": load, "by_class": table, "bits": bits, "bits_by_chance": chance}
         reachable = E // model.config.n_group * model.config.topk_group
         if off_limit and reachable > model.config.n_expert_active:
             losses = losses_without(block.mlp.gate, loss)
@@ -430,7 +431,7 @@ def study_of(model: Transformer, tokens: Tokens, limit: int, off_limit: int) -> 
     return result
 
 def show_study(layers: dict, share_of_class) -> None:
-    """Show, a layer a column, favourite experts, bits, and losses without an expert; then all as a map."""
+    """Show, a layer a column, favourite experts, bits, and losses without an expert."""
     from rich.table import Table
 
     table = Table("class of token", "share", *[f"layer {i}" for i in layers], title_justify="left",
@@ -446,32 +447,27 @@ def show_study(layers: dict, share_of_class) -> None:
     for name, key in (("bits", "bits"), ("... if shuffled", "bits_by_chance")):
         table.add_row(name, "", *[f"{layer[key]:.3f}" for layer in layers.values()])
     losses = [layer["switched_off"] for layer in layers.values() if "switched_off" in layer]
-    for name, end in (("costliest off", np.argmax), ("cheapest off", np.argmin)) if losses else ():
-        table.add_row(name, "", *[f"e{end(off)} {off[end(off)]:+.4f}" for off in losses])
+    if losses:
+        table.add_row("costliest off", "", *[f"e{off.argmax()} {off.max():+.4f}" for off in losses])
+        table.add_row("cheapest off", "", *[f"e{off.argmin()} {off.min():+.4f}" for off in losses])
     console().print(table)
     say("bits: what the class says of the expert. off: nats that the loss rises without the expert.")
-    say("Share of each class's choices (columns) that each expert (rows) gets: from none to half and more")
-    say("           " + " ".join(name[:5].ljust(5) for name in CLASSES))
-    for i, layer in layers.items():
-        for e, shares in enumerate(layer["by_class"].T):
-            cells = " ".join(" ░▒▓█"[min(4, int(share * 10 + 0.5))] * 5 for share in shares)
-            say(f"  {i:2} e{e:<3}  │ {cells} │", markup=False)
 
+# ---- Part IV: the commands ---------------------------------------------------------------------------------
 
-# ------------------------------------------------------------------------------------------------------------
-# Part IV: the commands
-# ------------------------------------------------------------------------------------------------------------
+def same_tokenizer(*folders) -> bool:
+    """Tell whether the ids of these folders are the same text."""
+    return len({read_tokenizer(Path(folder, "tokenizer.json")) for folder in folders}) == 1
 
 def upcycle(
     dense: Annotated[Path, typer.Argument(help="Checkpoint folder of a dense model.")],
     out: Annotated[Path, typer.Argument(help="Folder to write the mixture to.")],
-    n_expert: Annotated[int, typer.Option(help="Experts of each layer, copies of the dense network.")] = 8,
-    n_expert_active: Annotated[int, typer.Option(help="Experts that a token goes to.")] = 2,
+    n_expert: Annotated[int, opt("", "Experts of a layer: copies of its network.", low=1)] = 8,
+    n_expert_active: Annotated[int, opt("", "Experts that a token goes to.", low=1)] = 2,
     data: Annotated[str, typer.Option(help="Data folder to compare the two losses on.")] = "data/python",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
 ) -> dict:
     """Make a mixture that computes what a dense checkpoint does; train it on with `train.py --init OUT`."""
-    check(n_expert >= 1, "--n-expert has to be at least 1.")
     check_out(out, overwrite)
     source = load_model(dense)
     check(not source.config.n_expert, f"{dense} has experts already.")
@@ -481,7 +477,7 @@ def upcycle(
     say(f"{out}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M of them active; saved as "
         f"{config_to_hf(model.config)['architectures'][0]}.")
     losses = {}
-    if Path(data).is_dir():
+    if Path(data).is_dir() and same_tokenizer(data, dense):
         tokens = Tokens(data, "val")
         for name, one in (("dense", source), ("mixture", model)):
             losses[name] = evaluate(one, tokens, one.config.seq_len, 8, 20_000)["val_loss"]
@@ -491,13 +487,14 @@ def upcycle(
 def study(
     folder: Annotated[Path, typer.Argument(help="Checkpoint folder of a mixture.")],
     data: Annotated[str, typer.Option(help="Data folder with Python: its validation text.")] = "data/python",
-    tokens: Annotated[int, typer.Option(help="Tokens to route and sort by class.")] = 50_000,
-    off_tokens: Annotated[int, typer.Option(help="Tokens of each loss without an expert; 0: none.")] = 10_000,
+    tokens: Annotated[int, opt("", "Tokens to route and sort by class.", low=1)] = 50_000,
+    off_tokens: Annotated[int, opt("", "Tokens of a loss without one; 0: none.", low=0)] = 10_000,
 ) -> dict:
     """Show what the experts learned: which tokens they take, and the loss without each."""
     model = load_model(folder)
     check(model.config.n_expert, f"{folder} is a dense model: there are no experts to study.")
     check(Path(data).is_dir(), f"There is no data folder {data}: `python tokenize.py prepare` makes one.")
+    check(same_tokenizer(folder, data), f"{folder} and {data} have different tokenizers: name its own data.")
     result = study_of(model, Tokens(data, "val"), tokens, off_tokens)
     show_study(result["layers"], result["share_of_class"])
     text = json.dumps(result, default=lambda array: np.round(array, 5).tolist())
@@ -507,10 +504,10 @@ def study(
 
 def speed(
     preset: Annotated[str, typer.Option(help="Size of the dense layer.")] = "micro",
-    tokens: Annotated[int, typer.Option(help="Tokens at once.")] = 4096,
-    n_expert: Annotated[int, typer.Option(help="Experts; active ones are as wide as the dense layer.")] = 8,
-    n_expert_active: Annotated[int, typer.Option(help="Experts that a token goes to.")] = 2,
-    rounds: Annotated[int, typer.Option(help="Rounds; each times every form once, in turn.")] = 15,
+    tokens: Annotated[int, opt("", "Tokens at once.", low=1)] = 4096,
+    n_expert: Annotated[int, opt("", "Experts; the active as wide as the dense layer.", low=1)] = 8,
+    n_expert_active: Annotated[int, opt("", "Experts that a token goes to.", low=1)] = 2,
+    rounds: Annotated[int, opt("", "Rounds; each times every form once.", low=1)] = 15,
     dtype: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> dict:
@@ -518,9 +515,11 @@ def speed(
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
     config = resize(preset, n_expert=n_expert, n_expert_active=n_expert_active)
+    check_experts(config)
+    check_memory(config.replace(n_layer=1, n_expert_active=n_expert), where, 4)
+    check(tokens <= 2**20, f"--tokens is {tokens}; a layer's time shows with a million or less.")
     with where:
-        dense = MLP(config.n_embd, config.ffn_dim)
-        layer = MoE(config)
+        dense, layer = MLP(config.n_embd, config.ffn_dim), MoE(config)
         x = torch.randn(tokens, config.n_embd, dtype=kind, requires_grad=True)
         grad = torch.randn_like(x)
 
@@ -559,10 +558,7 @@ def transformers_form(config: Config, x):
         nn.init.normal_(p, std=config.n_embd**-0.5)
     return lambda: block(x[None])[0]
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Part V: the layer again, faster
-# ------------------------------------------------------------------------------------------------------------
+# ---- Part V: the layer again, faster -----------------------------------------------------------------------
 
 @torch.compiler.disable  # how many tokens an expert gets is new in every step: it would be compiled anew
 def dispatch(experts, x, chosen, weights):
@@ -581,7 +577,7 @@ def dispatch(experts, x, chosen, weights):
     parts = [expert(run) for expert, run in zip(experts.values(), runs, strict=True)
              if len(run) or torch.is_grad_enabled()]
     y = torch.cat([*parts, torch.zeros_like(dropped)])  # (N*A, C)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(N * A, device=x.device)).view(N, A)
+    place = order.argsort().view(N, A)  # where each choice went
     weights = weights.to(x.dtype)
     if x.device.type == "cpu":  # gathers and adds in one pass
         return F.embedding_bag(place, y, per_sample_weights=weights, mode="sum")

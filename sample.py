@@ -1,12 +1,9 @@
 """Write text with a checkpoint: greedy, temperature, top-k and top-p, streamed as it is written.
 
 A language model gives a score (logit) to each token that could come next. Decoding is the choice among them,
-over and over: sharpen or flatten the scores (temperature), cut off the unlikely (top-k, top-p), draw one. The
-prompt is read at once (prefill); after that each token is one pass over all weights, with the keys and values
-of the text so far kept in the cache. A masked model fills the gaps of a text instead.
-
-Any Hugging Face folder of a family that model.py knows can be sampled from. Left out: beam search, penalties
-for repetition.
+over and over: sharpen or flatten the scores (temperature), cut off the unlikely (top-k, top-p), draw one. A
+masked model fills the gaps of a text instead. Any Hugging Face folder of a family that model.py knows opens.
+Left out: beam search, penalties for repetition.
 
     python sample.py                                             # the newest checkpoint in out/, a new text
     python sample.py out/python --prompt "def fib(n):" --max-new-tokens 100 --temperature 0
@@ -14,14 +11,14 @@ for repetition.
     python sample.py out/masked --fill "for i in <|mask|>(10):"  # a folder of `train.py --objective mlm`
     python sample.py out/sft --chat                              # talk with a folder of align.py
 
-Top-p (nucleus): Holtzman et al. 2020 (1904.09751). Top-k: Fan et al. 2018 (1805.04833). The Gumbel-max trick:
-Gumbel 1954; Maddison et al. 2014 (1411.0030).
+Top-p: Holtzman et al. 2020 (1904.09751). Top-k: Fan et al. 2018 (1805.04833). Gumbel-max: 1411.0030.
 """
 
 import codecs
 import inspect
+import itertools
 import json
-import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -31,7 +28,7 @@ from pathlib import Path
 from typing import Annotated
 
 from model import (  # before torch: it says how OpenMP's threads wait
-    Cache, Config, UserError, check, console, count_params, find_checkpoint, greedy, load_config, load_model,
+    Cache, Config, UserError, check, console, find_checkpoint, greedy, load_config, load_model,
     load_tokenizer, opt, pick_device, pick_dtype, render, run_app, say,
 )
 
@@ -46,49 +43,34 @@ class Options:
 
     folder: Annotated[Path | None, typer.Argument(help="Checkpoint folder; or the newest in out/.")] = None
     prompt: Annotated[str, opt("Text", "Text to go on from (-: standard input). Empty: a new document.")] = ""
-    max_new_tokens: Annotated[int, opt("Text", "Stop after so many tokens.")] = 256
-    num_samples: Annotated[int, opt("Text", "Texts to write, one after the other.")] = 1
+    max_new_tokens: Annotated[int, opt("Text", "Stop after so many tokens.", low=1)] = 256
+    num_samples: Annotated[int, opt("Text", "Texts to write, one after the other.", low=1)] = 1
     ignore_eos: Annotated[bool, opt("Text", "Go on after the end of the text.", "--ignore-eos")] = False
     fill: Annotated[str | None, opt("Text", "Fill a text's <|mask|>s (masked models).")] = None
     chat: Annotated[bool, opt("Text", "Talk: /reset forgets, Ctrl-C ends an answer.", "--chat")] = False
-    as_json: Annotated[bool, opt("Text", "A JSON object a sample (text: without prompt).", "--json")] = False
-    temperature: Annotated[float, opt("Choice", "0 is greedy, 0.5 to 1 usual; higher is wilder.")] = 0.7
-    top_k: Annotated[int | None, opt("Choice", "Draw among the k likeliest tokens only.")] = None
-    top_p: Annotated[float | None, opt("Choice", "Draw among the likeliest that together reach p.")] = 0.9
-    seed: Annotated[int | None, opt("Choice", "The same seed, the same text; sample i has seed + i.")] = None
+    json: Annotated[bool, opt("Text", "A JSON object a sample (text: without prompt).", "--json")] = False
+    temperature: Annotated[float, opt("Choice", "0: greedy, 0.5 to 1: usual, higher: wilder.", low=0)] = 0.7
+    top_k: Annotated[int | None, opt("Choice", "Draw among the k likeliest tokens only.", low=1)] = None
+    top_p: Annotated[float | None, opt("Choice", "Draw among the likeliest up to p; 1: all.", low=0)] = 0.9
+    seed: Annotated[int | None, opt("Choice", "To get a text again; sample i has seed + i.", low=0)] = None
     dtype: Annotated[str, opt("Machine", "auto, fp32, bf16 or fp16 (for GPUs).")] = "auto"
     device: Annotated[str, opt("Machine", "auto, cpu, cuda or mps.")] = "auto"
     no_cache: Annotated[bool, opt("Machine", "Read the whole text for each token.", "--no-cache")] = False
 
     def __post_init__(self):
         """Refuse what cannot be, before anything is loaded."""
-        for name in ("max_new_tokens", "num_samples", "top_k"):
-            n = getattr(self, name)
-            check(n is None or n >= 1, f"--{name.replace('_', '-')} is {n}; it has to be at least 1.")
+        changed = [name for name in vars(self) if getattr(self, name) != getattr(Options, name)]
+        for mode, useless in USELESS.items():
+            given = [f"--{name}" for name in useless if mode in changed and name in changed]
+            check(not given, f"--{mode} has no use for {', '.join(given).replace('_', '-')}: leave it out.")
         if self.seed is None:
             self.seed = torch.Generator().seed() % 2**31
-        t, p, seed = self.temperature, self.top_p, self.seed
-        check(0 <= t < math.inf, f"--temperature is {t}; it is 0 (greedy) or more.")
-        check(p is None or 0 < p <= 1, f"--top-p is {p}; it lies above 0 and is at most 1 (off).")
-        check(0 <= seed < 2**62, f"--seed is {seed}; it is a whole number from 0 to 2^62.")
-        check(self.fill is None or not self.prompt, "--fill has the whole text already: leave out --prompt.")
-        check(not self.chat or (self.fill is None and not self.as_json and not self.prompt),
-              "--chat reads what you type: no --prompt, --fill or --json.")
 
+CHOICE = ("temperature", "top_k", "top_p", "seed")
+USELESS = {"fill": ("prompt", "max_new_tokens", "num_samples", "ignore_eos", "no_cache", *CHOICE),
+           "chat": ("prompt", "fill", "num_samples", "ignore_eos", "no_cache", "json")}
 
-# ------------------------------------------------------------------------------------------------------------
-# The idea: from logits to a token. Logits (B, V) in, (B, V) out; what is cut off is -inf.
-# ------------------------------------------------------------------------------------------------------------
-
-def temper(logits, temperature: float):
-    """Divide by the temperature: below 1 the likely become likelier, above 1 all come closer.
-
-    The best logit is moved to 0 first, which changes no probability: so no temperature overflows.
-
-    >>> temper(torch.tensor([1.0, 3.0]), 0.5).tolist()
-    [-4.0, 0.0]
-    """
-    return (logits - logits.amax(-1, keepdim=True)) / temperature
+# ---- The idea: from logits to a token. Logits (B, V) in, (B, V) out; what is cut off is -inf. --------------
 
 def keep_top_k(logits, k: int):
     """Keep exactly the k most likely tokens, also where several are equally likely.
@@ -135,7 +117,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, n_vocab=None, genera
     logits = logits[..., :n_vocab]
     if temperature == 0:
         return greedy(logits)
-    logits = temper(logits, temperature)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the best at 0: nothing overflows
     if top_k is not None:
         logits = keep_top_k(logits, top_k)
     if top_p is not None:
@@ -147,22 +129,24 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, n_vocab=None, genera
 class Reader:
     """Read a text with a model: with a cache each token once, without one the whole text every time."""
 
-    def __init__(self, model, slots: int, cached: bool = True):
+    def __init__(self, model, cached: bool = True):
         weight = next(model.parameters())
         self.model = model
-        self.device = weight.device
-        self.ids = torch.empty((1, 0), dtype=torch.int64, device=self.device)  # the text so far
+        self.ids = torch.empty((1, 0), dtype=torch.int64, device=weight.device)  # the text so far
         dtype = model.compute_dtype or weight.dtype
-        self.cache = Cache(model.config, 1, slots, self.device, dtype) if cached else None
+        self.cache = Cache(model.config, 1, 0, weight.device, dtype) if cached else None
 
     @torch.inference_mode()
     def read(self, ids):
         """Read ids (1, T) behind the text so far -> the logits of the next token (1, V), float32."""
         text = torch.cat((self.ids, ids), dim=1)
+        if self.cache is not None and text.shape[1] > self.cache.positions.shape[1]:
+            self.cache.grow(ids.shape[1] + 255)  # in blocks, since all of it is moved
         logits, _ = self.model(text if self.cache is None else ids, cache=self.cache, output="last")
         self.ids = text
         return logits[:, -1].float()
 
+    @torch.inference_mode()
     def rewind(self, n: int) -> None:
         """Go back to the first n tokens."""
         self.ids = self.ids[:, :n]
@@ -174,7 +158,12 @@ class Reader:
         known = self.ids[0].tolist()[: len(ids) - 1]  # the last one has to be read in any case
         same = next((i for i, token in enumerate(known) if token != ids[i]), len(known))
         self.rewind(same)
-        return self.read(torch.tensor([ids[same:]], device=self.device))
+        return numbers(self.read(torch.tensor([ids[same:]], device=self.ids.device)))
+
+def numbers(logits):
+    """Return the logits, or refuse them: of NaN any token would be as good as another."""
+    check(logits.isfinite().all(), "The model gives logits that are not numbers (NaN): try --dtype fp32.")
+    return logits
 
 def stream(reader: Reader, logits, max_new_tokens: int, pick=greedy, stop=frozenset()) -> Iterator[int]:
     """Yield the ids that follow, up to and with the first one in `stop`; logits: those of the last read."""
@@ -216,8 +205,8 @@ def fill(model, ids: list[int], mask_id: int, n_vocab: int, banned=()) -> tuple[
     gaps = [i for i, token in enumerate(ids) if token == mask_id]
     filled = []
     while gaps:
-        logits = model(x)[0][0, gaps, :n_vocab].float()  # (gaps, V)
-        logits[:, list(banned)] = -torch.inf
+        logits = numbers(model(x)[0][0, gaps, :n_vocab].float())  # (gaps, V)
+        logits[:, [i for i in banned if i < logits.shape[1]]] = -torch.inf
         probability, best = logits.softmax(-1).max(-1)
         surest = int(probability.argmax())
         place = gaps.pop(surest)
@@ -227,65 +216,66 @@ def fill(model, ids: list[int], mask_id: int, n_vocab: int, banned=()) -> tuple[
 
 # ---- A chat ------------------------------------------------------------------------------------------------
 
-def talk(model, tokenizer, max_new_tokens: int, pick) -> None:
+def talk(model, tokenizer, max_new_tokens: int, pick, stop: set) -> None:
     """Answer each message on standard input; /reset forgets what was said, /exit or the input's end ends.
 
     Ctrl-C ends an answer; while nothing is being answered, the program.
     """
-    context = model.config.seq_len
-    reader = Reader(model, context)
-    turns = []  # the ids of each question with its answer
-    stop = {tokenizer.im_end_id, tokenizer.eot_id}
-    say("[dim]/reset forgets, /exit ends, Ctrl-C ends an answer; a line ending in \\ goes on in the next[/]")
-    while (message := read_message()) is not None:
-        if message.strip() == "/exit":
-            return
+    reader = Reader(model)
+    no_text = {*tokenizer.special.values(), *stop}
+    messages = []
+    say("/reset forgets, /exit ends, Ctrl-C ends an answer; a line goes on after \\ at its end", style="dim")
+    while (message := read_message()) and message.strip() != "/exit":
         if message.strip() == "/reset":
-            turns = []
-            say("[dim]forgotten[/]")
+            messages = []
+            say("forgotten", style="dim")
             continue
-        question, _ = render(tokenizer, [{"role": "user", "content": message}], reply=True)
-        if len(question) >= context:
-            say(f"[yellow]warning:[/] that is {len(question)} tokens, more than the context of {context}: "
-                "say it shorter.")
+        if "\ufffd" in message:
+            say("warning: bytes that are no text are read as U+FFFD", style="yellow")
+        messages.append({"role": "user", "content": message})
+        try:
+            ids = conversation(tokenizer, messages, model.config, max_new_tokens)
+        except UserError as error:  # of this message: the next one may do
+            say(f"warning: {error}", markup=False, style="yellow")
+            messages.pop()
             continue
-        room = context - len(question) - min(max_new_tokens, context // 4)
-        if turns and sum(map(len, turns)) > room:
-            say(f"[dim](the oldest turns are forgotten: the context has {context} tokens)[/]")
-        while turns and sum(map(len, turns)) > room:
-            turns.pop(0)
-        ids = [*sum(turns, []), *question]
         new = []
         try:
-            logits = reader.read_text(ids)
-            tokens = stream(reader, logits, min(max_new_tokens, context - len(ids)), pick, stop)
+            left = min(max_new_tokens, model.config.seq_len - len(ids))
+            tokens = stream(reader, reader.read_text(ids), left, pick, stop)
             write(pieces(tokens, tokenizer, stop, new))
         except KeyboardInterrupt:
             pass  # what was written so far is the answer
-        if new and new[-1] in stop:
-            new.pop()
-        turns.append([*question, *new, tokenizer.im_end_id, *tokenizer.encode("\n")])
+        answer = tokenizer.decode([token for token in new if token not in no_text])
+        messages.append({"role": "assistant", "content": answer})
+
+def conversation(tokenizer, messages: list[dict], config: Config, max_new_tokens: int) -> list[int]:
+    """Encode a conversation up to where the answer begins; of what does not fit, the oldest turns go."""
+    room = config.seq_len - min(max_new_tokens, config.seq_len // 4)
+    ids, _ = render(tokenizer, messages, reply=True)
+    while len(messages) > 1 and len(ids) > room:
+        say(f"(the oldest turns are forgotten: the context has {config.seq_len} tokens)", style="dim")
+        del messages[:2]
+        ids, _ = render(tokenizer, messages, reply=True)
+    check(len(ids) < config.seq_len, f"{len(ids)} tokens are more than the context holds: say it shorter.")
+    return known(ids, config)
 
 def read_message() -> str | None:
     """Read a message, up to a line that does not end in a backslash; None at the end of the input."""
-    lines = []
+    text = ""
     while True:
         if sys.stdin.isatty():
-            print("... " if lines else "> ", end="", file=sys.stderr, flush=True)
+            print("... " if text else "> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
-        if not line:
-            return "\n".join(lines) or None
-        line = line.rstrip("\r\n")
-        lines.append(line.removesuffix("\\"))
-        if not line.endswith("\\"):
-            if any(part.strip() for part in lines):
-                return "\n".join(lines)
-            lines = []
+        text += line
+        if line.endswith("\\\n"):
+            continue
+        message = text.removesuffix("\n").removesuffix("\\").replace("\\\n", "\n")
+        if message.strip() or not line:
+            return message.strip() and message or None
+        text = ""
 
-
-# ------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------
+# ---- The command -------------------------------------------------------------------------------------------
 
 def newest_checkpoint(root: str | Path = "out") -> Path:
     """Find the checkpoint in `root` whose config.json was written last."""
@@ -293,57 +283,62 @@ def newest_checkpoint(root: str | Path = "out") -> Path:
     check(configs, f"There is no checkpoint in {root}/ yet: run `python train.py` first, or name a folder.")
     return max(configs, key=lambda p: p.stat().st_mtime).parent
 
-def decode_dtype(name: str, device: torch.device, config: Config) -> torch.dtype:
-    """Choose the precision of the weights; auto: float32 for a small model on a CPU, else what is fastest.
-
-    A small one gains nothing from bfloat16, whose rounding lets near ties fall otherwise with the cache than
-    without it.
-    """
-    if name == "auto" and device.type == "cpu" and count_params(config)[0] <= 2**28:
-        return torch.float32
-    return pick_dtype(name, device)
-
 def read_prompt(o: Options, tokenizer, config: Config) -> tuple[str, list[int]]:
-    """Read and encode --prompt or --fill -> (text, ids); a new document begins with the end-of-text token."""
+    """Read and encode --prompt or --fill -> (text, ids) with the tokens that the tokenizer puts around it."""
     text = o.prompt if o.fill is None else o.fill
     try:  # an argument that was no UTF-8 reaches Python with its bytes as lone surrogates
         data = sys.stdin.buffer.read() if text == "-" else text.encode("utf-8", "surrogateescape")
         text = data.decode("utf-8")
     except UnicodeError:
         raise UserError("The prompt is not UTF-8 text.") from None
-    start = tokenizer.eot_id if tokenizer.eot_id is not None else config.eos_id
-    check(text or start is not None,
-          "This tokenizer has no end-of-text token to begin a document with: give a --prompt.")
-    ids = tokenizer.encode(text, () if o.fill is None else ("<|mask|>",)) if text else [start]
-    check(o.fill is None or tokenizer.mask_id in ids,
-          "There is nothing to fill: write <|mask|> where a token is missing.")
+    special = () if o.fill is None else ("<|mask|>",)
+    ids = [*tokenizer.prefix, *tokenizer.encode(text, special)]
+    if o.fill is not None:
+        ids += tokenizer.suffix
+        check(tokenizer.mask_id in ids, "There is nothing to fill: write <|mask|> where a token is missing.")
+    if not ids:  # a new document
+        begin = (tokenizer.special.get(tokenizer.names.get("bos_token")), tokenizer.eot_id)
+        ids = [i for i in begin if i is not None][:1]
+    check(ids, "This tokenizer has no token to begin a document with: give a --prompt.")
     total = len(ids) + o.max_new_tokens * config.causal
     if total > config.seq_len:
-        say(f"[yellow]warning:[/] {total} tokens are more than the {config.seq_len} that this model was "
-            "trained on.")
-    return text, ids
+        say(f"warning: {total} tokens, more than the {config.seq_len} of its training", style="yellow")
+    return text, known(ids, config)
+
+def known(ids: list[int], config: Config) -> list[int]:
+    """Return the ids, or refuse those that the model has no embedding for."""
+    check(max(ids) < config.vocab_size, f"The text has a token of id {max(ids)}, and the model knows "
+          f"{config.vocab_size} ids: the token was added later, or the tokenizer is another model's.")
+    return ids
 
 def main(o: Options) -> None:
     """Write text with a checkpoint, after the prompt, to standard output; how fast, to standard error."""
+    sys.stdin = sys.stdin or open(os.devnull)  # it may be closed
     device = pick_device(o.device)
     folder = newest_checkpoint() if o.folder is None else find_checkpoint(o.folder)
     config = load_config(folder)
     tokenizer = load_tokenizer(folder)
     filling = o.fill is not None
+    check(config.head == "lm", f"{folder} is a reward model: it gives scores, not text.")
     check(config.causal or filling, f"{folder} is a masked model: give it gaps to --fill, no --prompt.")
     check(not config.causal or not filling, f"{folder} is no masked model: give it a --prompt, not --fill.")
-    check(tokenizer.n_vocab <= config.vocab_size, f"The tokenizer of {folder} is another model's: it has "
-          f"{tokenizer.n_vocab} ids, and config.json {config.vocab_size}.")
-    check(config.head == "lm", f"{folder} is a reward model: it gives scores, not text.")
-    text, ids = ("", []) if o.chat else read_prompt(o, tokenizer, config)
-    model = load_model(folder, device, decode_dtype(o.dtype, device, config))
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(encoding="utf-8")  # also where the terminal's language is another
+    if o.chat:  # a folder without conversations is refused now, not after the first message
+        known(render(tokenizer, [{"role": "user", "content": "?"}], reply=True)[0], config)
+    else:
+        text, ids = read_prompt(o, tokenizer, config)
+    small = device.type == "cpu" and config.matrix_params < 2**28  # bf16 is no faster, and near ties move
+    dtype = "fp32" if o.dtype == "auto" and small else o.dtype
+    model = load_model(folder, device, pick_dtype(dtype, device))
+    for file, how in ((sys.stdout, {"encoding": "utf-8"}), (sys.stdin, {"errors": "replace"})):
+        if hasattr(file, "reconfigure"):
+            file.reconfigure(**how)  # also where the terminal's language is another
+    stop = set() if o.ignore_eos else {tokenizer.eot_id, tokenizer.im_end_id, *config.eos_ids}
     if filling:
-        return print_filled(model, tokenizer, ids, o.as_json)
-    if o.chat:
-        return talk(model, tokenizer, o.max_new_tokens, picker(o, tokenizer.n_vocab, device))
-    print_samples(o, model, tokenizer, text, ids)
+        print_filled(model, tokenizer, ids, o.json)
+    elif o.chat:
+        talk(model, tokenizer, o.max_new_tokens, picker(o, tokenizer.n_vocab, device), stop)
+    else:
+        print_samples(o, model, tokenizer, text, ids, stop)
 
 def picker(o: Options, n_vocab: int, device, i: int = 0):
     """Make the `pick` of sample number i: the same seed gives the same text."""
@@ -351,37 +346,31 @@ def picker(o: Options, n_vocab: int, device, i: int = 0):
     return partial(sample, temperature=o.temperature, top_k=o.top_k, top_p=o.top_p, n_vocab=n_vocab,
                    generator=generator)
 
-def print_samples(o: Options, model, tokenizer, text: str, ids: list[int]) -> None:
+def print_samples(o: Options, model, tokenizer, text: str, ids: list[int], stop: set) -> None:
     """Write --num-samples continuations of a prompt, which is read once for all; sample i has seed + i."""
-    reader = Reader(model, len(ids) + o.max_new_tokens, not o.no_cache)
+    reader = Reader(model, not o.no_cache)
     start = time.perf_counter()
     logits = reader.read_text(ids)
-    check(logits.isfinite().all(), "The model gives logits that are not numbers (NaN): try --dtype fp32.")
     prefill = (time.perf_counter() - start) * 1e3  # milliseconds
-    stop = set() if o.ignore_eos else {tokenizer.eot_id, tokenizer.im_end_id, model.config.eos_id}
     for i in range(o.num_samples):
-        if o.num_samples > 1 and not o.as_json:
+        if o.num_samples > 1 and not o.json:
             console().rule(f"{i + 1} of {o.num_samples}", style="dim")
         reader.rewind(len(ids))
-        pick = picker(o, tokenizer.n_vocab, reader.device, i)
+        pick = picker(o, tokenizer.n_vocab, logits.device, i)
         new = []
         texts = pieces(stream(reader, logits, o.max_new_tokens, pick, stop), tokenizer, stop, new)
         start = time.perf_counter()
-        if o.as_json:
-            written = "".join(texts)
-        else:
-            print(text, end="", flush=True)
-            write(texts)
+        written = "".join(texts) if o.json else write(itertools.chain([text], texts))
         # a token is one pass over the weights; that of the first one was the prefill
         speed = (len(new) - 1) / (time.perf_counter() - start) if len(new) > 1 else None
-        if o.as_json:
-            facts = {"text": written, "ids": {"prompt": ids, "continuation": new}}
-            facts |= {"finish_reason": "stop" if new[-1] in stop else "length", "seed": o.seed + i}
-            facts |= {"prefill_ms": round(prefill, 3), "tok_per_s": speed and round(speed, 2)}
+        if o.json:
+            facts = {"text": written, "ids": {"prompt": ids, "continuation": new}, "seed": o.seed + i,
+                     "finish_reason": "stop" if new[-1] in stop else "length",
+                     "prefill_ms": round(prefill, 3), "tok_per_s": speed and round(speed, 2)}
             print(json.dumps(facts), flush=True)
         elif sys.stderr.isatty():
             rate = f", then {speed:.1f} tok/s" if speed else ""
-            say(f"[dim]a prompt of {len(ids)} tokens in {prefill:.0f} ms{rate}; --seed {o.seed + i}[/]")
+            say(f"a prompt of {len(ids)} tokens in {prefill:.0f} ms{rate}; --seed {o.seed + i}", style="dim")
 
 def print_filled(model, tokenizer, ids: list[int], as_json: bool) -> None:
     """Fill the gaps of a text and print it; as JSON with each step."""

@@ -153,7 +153,7 @@ def lines(tmp_path_factory):
         pairs.append({"prompt": f"def {n}(a):", "chosen": f"    return a + {i}", "rejected": "    pass"})
     rank = [{"prompt": "def g(a):", "answers": ["    return a", "    pass", ""]}] * 2
     check = {"task": "body", "before": "def f(a):\n", "after": "", "shown": "def f(a):", "name": "f"}
-    check["params"] = ["a"]
+    check |= {"answer": "    return a + 1", "params": ["a"], "known": []}
     prompts = [{"prompt": f"def {n}(a):", "task": "body", "check": check} for n in names[:4]]
     files = {"sft": sft, "pairs": pairs, "ranking": pairs + rank, "prompts": prompts}
     for name, rows in files.items():

@@ -4,6 +4,8 @@
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,7 +19,10 @@ from model import (  # before torch
 import parallel
 import torch
 import torch.distributed as dist
-from parallel import Counter, Options, full, local
+from bench import LiveBytes
+from parallel import Options, full, local
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LAYOUTS = {
     4: {
@@ -59,10 +64,12 @@ COUNTS = {
     "zero-3": {"zero": 3},
     "tp": {"tp": 4},
     "tp, sequence": {"tp": 4, "sequence_parallel": True},
-    "tp, recompute": {"tp": 4, "recompute": True},
-    "zero-3 x tp": {"tp": 2, "zero": 3},
-    "zero-3 x tp, sequence": {"tp": 2, "zero": 3, "sequence_parallel": True},
-    "replicate x shard": {"zero": 3, "replicate": 2},
+    "tp, recompute, muon": {"tp": 4, "recompute": True, "optimizer": "muon"},
+    "zero-3 x tp, sequence, muon": {"tp": 2, "zero": 3, "sequence_parallel": True, "optimizer": "muon"},
+    "zero-1 x tp, muon": {"zero": 1, "tp": 2, "optimizer": "muon"},
+    "zero-3, muon": {"zero": 3, "optimizer": "muon"},
+    "zero-3, muon, deep": {"zero": 3, "optimizer": "muon", "n_layer": 8},
+    "replicate x shard, muon": {"zero": 3, "replicate": 2, "optimizer": "muon"},
 }
 
 
@@ -150,10 +157,112 @@ def layouts(data, which):
     return results
 
 
+class Counter(TorchDispatchMode):
+    """Count the collectives that run under it: {"phase/name": [how many, bytes of the whole tensors]}."""
+
+    NAMES = {"all_reduce": "all_reduce", "allreduce_": "all_reduce", "all_gather_into_tensor": "all_gather",
+             "_allgather_base_": "all_gather", "reduce_scatter_tensor": "reduce_scatter",
+             "_reduce_scatter_base_": "reduce_scatter", "broadcast_": "broadcast"}
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+        self.phase = "step"
+
+    def enter(self, phase):
+        """Make a module's hook from which on what is sent belongs to this phase."""
+        return lambda *_: setattr(self, "phase", phase)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(t is DTensor for t in types):
+            return NotImplemented  # its local form comes by in a moment
+        result = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional") and func._opname in self.NAMES:
+            leaves = torch.utils._pytree.tree_leaves((args, result))
+            entry = self.counts.setdefault(f"{self.phase}/{self.NAMES[func._opname]}", [0, 0])
+            entry[0] += 1
+            entry[1] += max(t.nbytes for t in leaves if isinstance(t, torch.Tensor))
+        return result
+
+
+class Live(LiveBytes):
+    """Count the bytes that live at one time, of what DTensors hold as well."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(t is DTensor for t in types):
+            return NotImplemented
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 def counts(data):
-    """Run --count-communication, which takes one step without an update, for several layouts."""
-    one_step = {"optimizer": "adamw", "micro_batch": 512, "count_communication": True}
-    return {name: parallel.train(options(data, **one_step, **changes)) for name, changes in COUNTS.items()}
+    """Take a step on several layouts -> what is sent and what stands in memory, and the formulas."""
+    results = {}
+    for name, changes in COUNTS.items():
+        o = options(data, **{"optimizer": "adamw", "micro_batch": 512, **changes})
+        results[name] = count_step(o)
+    return results
+
+
+def count_step(o):
+    """Take one step -> {"sent": {"phase/name": [count, bytes]}, "memory": ..., and both as formulas}."""
+    ranks = parallel.join_processes("cpu", 60)
+    sources, _, weights = open_data(o.data)
+    config = make_config(o, sources[0])
+    layout = o.layout(ranks.world)
+    model, forward, optimizer = parallel.open_model(o, config, layout, ranks)
+    batches = Batches(sources, weights, o, config.seq_len, ranks.device, ranks.rank // layout.tp, layout.dp)
+    micro_batches, targets, windows = batches.at(0)
+    memory = {"parameters": sum(local(p).nbytes for p in model.parameters())}
+
+    def measure_gathered(*_):  # what fully_shard has gathered has no axis "shard" for the moment
+        whole = [p for p in model.parameters() if layout.uses_fsdp
+                 and not (isinstance(p, DTensor) and "shard" in p.device_mesh.mesh_dim_names)]
+        memory["gathered"] = sum(local(p).nbytes for p in whole)
+
+    counter = Counter()
+    model.layers[str(config.n_layer - 1)].mlp.register_forward_pre_hook(measure_gathered)
+    forward.register_forward_pre_hook(counter.enter("forward"), prepend=True)  # before fully_shard's own
+    forward.register_forward_hook(counter.enter("backward"))
+    with counter:
+        parallel.gradients_of_step(forward, micro_batches, targets / layout.tp, windows, layout)
+        counter.phase = "step"
+        memory["gradients"] = sum(local(p.grad).nbytes for p in model.parameters())
+        known = [*model.parameters(), *(p.grad for p in model.parameters()), *optimizer.mine.values()]
+        known += [*parallel.state_of(optimizer.inner).values(), *optimizer.slices.values()]
+        with Live([local(t.detach()) for t in known]) as live:
+            optimizer.step()
+    state = parallel.state_of(optimizer.inner)
+    moments = [t for name, t in state.items() if not name.endswith("/step")]
+    memory["optimizer"] = sum(local(t).nbytes for t in [*moments, *optimizer.mine.values()])
+    memory["update"] = live.peak
+    largest = max([4 * size for size in parallel.layer_matrices(model).values()])
+    B, T = micro_batches[0][0].shape
+    costs = (layout, o.recompute, model.compute_dtype.itemsize)
+    sent = {}
+    for name, _, size in parallel.communication(config, B * T, *costs):
+        sent[name] = sent.get(name, 0) + size
+    formulas = {"sent": sent, "memory": parallel.training_bytes(config, B, T, *costs)}
+    return {"sent": counter.counts, "memory": memory, "formulas": formulas, "largest": largest}
+
+
+def stopped(data, out):
+    """Stop a run after three of its steps, as SIGTERM does -> the folder that it leaves, with shards."""
+    folder = Path(out).with_name("stopped")
+    clip = parallel.clip_gradients
+    steps = iter((False, False, True))
+
+    def clip_and_stop(*args):
+        if next(steps):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return clip(*args)
+
+    parallel.clip_gradients = clip_and_stop
+    o = options(data, out=str(folder), tp=2, zero=3, optimizer="muon", max_steps=9, overwrite=True)
+    try:
+        parallel.train(o)
+    except KeyboardInterrupt:
+        parallel.clip_gradients = clip
+    return str(folder)
 
 
 def ideas(data):
@@ -254,7 +363,8 @@ def zero_by_hand():
 def main(data, out, *jobs):
     parallel.join_processes("cpu", 60)
     work = {"ideas": ideas, "counts": counts, "short": lambda data: layouts(data, SHORT),
-            "long": lambda data: layouts(data, LONG), "eight": lambda data: layouts(data, EIGHT)}
+            "long": lambda data: layouts(data, LONG), "eight": lambda data: layouts(data, EIGHT),
+            "stopped": lambda data: stopped(data, out)}
     results = {job: work[job](data) for job in jobs}
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(results))

@@ -1,14 +1,23 @@
 """align.py: conversations, losses, checks, readers, stages; against hand-worked numbers, transformers and trl."""
 
+import dataclasses
+import inspect
 import io
+import itertools
 import json
 import math
+import os
+import random
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from conftest import ROOT, call, command, records, refusal, wait_for
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import align
 from align import Example, collate, grade, logps, pack, scores
@@ -44,8 +53,7 @@ def test_what_is_trained(modules):
 def test_chat_template_gives_the_same_ids(base):
     transformers = pytest.importorskip("transformers")
     theirs, ours = transformers.AutoTokenizer.from_pretrained(base), load_tokenizer(base)
-    for talk in (TALK, [{"role": "system", "content": "x"}, *TALK, {"role": "tool", "content": "4\n"}],
-                 [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n\nb"}]):  # fmt: skip
+    for talk in (TALK, [{"role": "system", "content": "x"}, *TALK, {"role": "tool", "content": "4\n"}]):
         for reply in (False, True):
             found = theirs.apply_chat_template(talk, add_generation_prompt=reply, return_dict=False)
             assert found == render(ours, talk, reply)[0]
@@ -126,29 +134,35 @@ def test_smoothed_labels_have_a_finite_optimum():
 
 # Checks --------------------------------------------------------------------------------------------------------------
 
-HEAD = 'def add(a, b):\n    """Add two numbers."""'
-BODY = {"task": "body", "before": HEAD + "\n", "after": "", "shown": HEAD, "name": "add", "params": ["a", "b"]}
+HEAD = 'def mean(a, b):\n    """Return the mean of two numbers."""'
+MEAN = "    total = a + b\n    check_range(total)\n    return total / 2"
+BODY = {"task": "body", "before": HEAD + "\n", "after": "", "shown": "Write the body of this function.\n\n" + HEAD,
+        "answer": MEAN, "name": "mean", "params": ["a", "b"], "known": ["check_range"]}  # fmt: skip
+NOTHING = {"parses", "defines", "known", "fits", "agrees"}
 
 
 @pytest.mark.parametrize(
     "answer, fails",
     [
-        ("    return a + b", set()),
-        ("    return sum((a, b))", set()),
-        ("    return a +", {"parses", "compiles", "defines", "uses", "content"}),
-        ("", {"parses", "compiles", "defines", "uses", "content"}),
-        ("    pass", {"uses", "content"}),
-        ("    ...", {"uses", "content"}),
-        ('    """Add two numbers, a and b."""', {"uses", "content"}),
-        ("    return None", {"uses", "content"}),
-        ("    return a, b", {"content"}),
-        ("    a\n    b", {"content"}),
-        ("    return add(a, b)", {"content"}),
-        ("    raise NotImplementedError(a, b)", {"content"}),
-        ("    return a * 2", {"uses"}),
-        ("    nonlocal c\n    return a + b", {"compiles"}),
-        ("    return a + b\n\ndef other():\n    pass", {"defines", "uses", "content"}),
-        ('    """Add two numbers."""', {"uses", "content"}),
+        (MEAN, set()),
+        ("    total = sum((a, b))\n    return total / 2", set()),
+        ("    return list((a, b))", {"agrees"}),  # all that the prompt asks for, and none of the work
+        ("    return a, b", {"agrees"}),
+        ("    return mean(a, b)", {"agrees"}),
+        ("    return total(a, b)", {"known"}),
+        ("    check_range = total\n    return check_range(a, b)", {"known"}),
+        ("    return undefined_thing(a, b)", {"known", "agrees"}),
+        ("    total = a + b", {"fits"}),
+        ("    total = a\n    return total", {"fits"}),
+        ("    a = b = total = 0\n    return total", {"fits"}),
+        ("    return a +", NOTHING),
+        ("", NOTHING),
+        ("    pass", {"fits", "agrees"}),
+        ("    nonlocal c\n    return total", NOTHING),
+        (MEAN + "\n\ndef other():\n    pass", {"defines", "known", "fits", "agrees"}),
+        (f'    """{HEAD}"""', NOTHING),
+        ("    return list((a, b))  # total", set()),  # a comment counts: the author's words have to be guessed all the same
+        ("    return list((a, b))  # total index result value name path data text list item file", {"agrees"}),
     ],
 )
 def test_checks_of_a_body(answer, fails):
@@ -156,20 +170,48 @@ def test_checks_of_a_body(answer, fails):
     assert not grade(BODY, answer, False)["ends"]
 
 
+@pytest.mark.parametrize("doc, body, kept", [
+    ("Return x.", "return x", True), ("Returns x.", "x", False), ("Yield x.", "yield x", True), ("Yields x.", "return x", False),
+    ("Raise if x.", "raise x", True), ("Raises if x.", "return x", False), ("Take x.", "x", True), ("Take it.", "yield 1", False),
+])  # fmt: skip
+def test_a_function_does_what_its_docstring_says(doc, body, kept):
+    node = align.parse(f'def f(x):\n    """{doc}"""\n    {body}').body[0]
+    assert align.fits(node, ["x"]) == kept
+
+
 def test_checks_of_words():
-    doc = {"task": "doc", "before": 'def add(a, b):\n    """', "after": '"""\n    return a + b', "name": "add", "params": ["a", "b"]}
-    doc["shown"] = "def add(a, b):\n    return a + b"
-    assert all(grade(doc, "Add two numbers.", True).values())
+    doc = {"task": "doc", "before": 'def add(a, b):\n    """', "after": '"""\n    return a + b', "name": "add", "params": [], "known": []}
+    doc |= {"shown": "Write the docstring of this function.\n\ndef add(a, b):\n    return a + b", "answer": "Return the sum of two numbers."}
+    assert all(grade(doc, "Give the sum of both numbers.", True).values())
     assert not grade(doc, 'x""" + oops(', True)["parses"]
-    assert not grade(doc, "Something else entirely.", True)["uses"]
-    assert not grade(doc, "return a + b", True)["content"]  # a copy
-    name = {"task": "name", "before": "def ", "after": "(path):\n    return open(path).read()", "name": "read_file"}
-    name |= {"shown": "def _(path):\n    return open(path).read()", "params": ["path"]}
-    assert all(grade(name, "read_path", True).values())
-    assert not grade(name, "read path", True)["parses"]
-    mend = {"task": "mend", "before": "", "after": "", "shown": "def f(a)\n    return a + 1", "name": "f", "params": ["a"]}
-    assert all(grade(mend, "def f(a):\n    return a + 1", True).values())
-    assert not grade(mend, "def f(a): return a", True)["content"]
+    assert not grade(doc, "Return the function of this docstring.", True)["agrees"]
+    assert not grade(doc, "Yield the numbers.", True)["fits"]
+    name = {"task": "name", "before": "def ", "after": "(path):\n    return open(path).read()", "name": "load_file", "params": [], "known": []}
+    name |= {"shown": "Name this function.\n\ndef _(path):\n    return open(path).read()", "answer": "load_file"}
+    assert all(grade(name, "open_file", True).values())
+    assert not grade(name, "read_path", True)["agrees"]
+    assert not grade(name, "open file", True)["parses"]
+    mend = {"task": "mend", "before": "", "after": "", "name": "f", "params": [], "known": ["g", "h"]}
+    mend |= {"shown": "def f(a):\n    return g(h(a), 1", "answer": "def f(a):\n    return g(h(a), 1)"}
+    assert all(grade(mend, "def f(a): return g(h(a),1)  # mended", True).values())
+    assert [name for name, ok in grade(mend, "def f(a):\n    return g(h(a, 1))", True).items() if not ok] == ["agrees"]
+
+
+@pytest.mark.parametrize("answer, author, shown, value", [
+    ("total value", "total", "", 2 / 3), ("total", "total index", "", 2 / 3), ("total index", "total index", "", 1), ("index", "total", "", 0),
+    ("total path", "total", "path", 1), ("total", "total path", "path", 1), ("path", "path", "path", 1), ("", "total", "", 0),
+    ("return total", "total", "", 1), ("total", "return total", "", 1), ("TotalIndex", "total_index", "", 1), ("the total", "total", "", 1),
+])  # fmt: skip
+def test_only_new_words_count(answer, author, shown, value):
+    assert align.agreement(answer, author, shown) == pytest.approx(value)
+
+
+def test_likeness_is_chrf():
+    """Equal to sacrebleu 2.5's `sentence_chrf`."""
+    pairs = [("Return the next line of the file.", "Read one line from the file and return it.", 0.33108859),
+             ("    return list((a, b))", "    total = a + b\n    return total", 0.23323208), ("x", "y", 0.0), ("", "y", 0.0)]  # fmt: skip
+    for answer, author, value in pairs:
+        assert align.likeness(answer, author) == pytest.approx(value)
 
 
 def test_hostile_answers(tmp_path):
@@ -179,29 +221,88 @@ def test_hostile_answers(tmp_path):
         f"    return open({str(trap)!r}, 'w')", "    return " + "(" * 5000, "    return " + "-" * 9000 + "1", "    return 9**9**9**9",
         "    return a" + ".b" * 4900, "\n".join(" " * i + "if a:" for i in range(4, 140)), "    return [" * 18, "x" * 20_000,
         "    return 'a' * 10**12", "    return " + "not " * 2400 + "a", "    x = " + "lambda: " * 1200 + "1", "\0",
-        "    return " + "f'{" * 60, "    return " + "{" * 19 + "0", "    return 1" + "+1" * 4000,
+        "    return " + "f'{" * 60, "    return " + "{" * 19 + "0", "    return 1" + "+1" * 4000, "    global a, b", "\ud800",
     ]  # fmt: skip
-    for answer in answers:
-        began = time.perf_counter()
-        grade(BODY, answer, True)
-        assert time.perf_counter() - began < 1, answer[:40]
+    for rules in (BODY, BODY | {"task": "mend"}, BODY | {"task": "mend", "answer": "    return ("}):
+        for answer in answers:
+            began = time.perf_counter()
+            assert not all(grade(rules, answer, True).values())
+            assert time.perf_counter() - began < 1, answer[:40]
     assert not trap.exists()
 
 
-def test_the_authors_answers_pass(modules):
+def test_instructions_are_good_for_something(modules):
+    """The author's answers pass, say more than the prompt, and no other place would do for a missing sign."""
     made = align.instructions_of(str(modules), "train", 50, 10_000, 0)[0]
     assert {r["task"] for r in made} == set(align.TASKS)
     for record in made:
-        assert all(grade(record["check"], record["messages"][1]["content"], True).values())
+        rules, answer = record["check"], record["messages"][1]["content"]
+        assert all(grade(rules, answer, True).values()) and rules["answer"] == answer
+        assert not all(grade(rules, rules["shown"].split("\n\n", 1)[1], True).values())
         if record["task"] == "mend":
-            assert align.parse(record["check"]["shown"]) is None
+            assert align.parse(rules["shown"].split("\n\n", 1)[1]) is None
 
 
-def test_default_data_keeps_the_split(modules, tmp_path):
+def test_trying_does_not_mend_broken_code():
+    """The sign could stand in many places; only one of them gives the code as it was."""
+    code = "def f(a):\n    return g(h(a), a + 1, b[a])"
+    broken = {align.break_code(code, random.Random(seed)) for seed in range(30)} - {None}
+    assert "def f(a)\n    return g(h(a), a + 1, b[a])" not in broken  # there is one place for the colon
+    for text in broken:
+        tries = {text[:i] + sign + text[i:] for i in range(len(text) + 1) for sign in "()[]{}.,:="}
+        parsed = [t for t in tries if align.parse(t)]
+        same = [t for t in parsed if align.ast.dump(align.parse(t)) == align.ast.dump(align.parse(code))]
+        assert len(parsed) > 4 and len(same) < len(parsed) / 2
+
+
+def read_all(folder):
+    return {s: [json.loads(line) for line in open(folder / f"{s}.jsonl")] for s in ("train", "val", "test")}
+
+
+def test_default_data_keeps_the_splits(modules, tmp_path):
     call(align.app, "data", "--data", modules, "--out", tmp_path / "i", "--held-out", "name", "--max-tokens", "600")
-    train, val = ([json.loads(line) for line in open(tmp_path / "i" / f"{s}.jsonl")] for s in ("train", "val"))
-    assert "name" in {r["task"] for r in val} and "name" not in {r["task"] for r in train}
-    assert not {r["check"]["shown"] for r in train} & {r["check"]["shown"] for r in val}
+    made = read_all(tmp_path / "i")
+    assert all(r["held_out"] for s in ("val", "test") for r in made[s] if r["task"] == "name")
+    assert "name" in {r["task"] for r in made["val"] + made["test"]} and "name" not in {r["task"] for r in made["train"]}
+    shown = [{r["check"]["shown"] for r in made[s]} for s in made]
+    known = [{tuple(r["check"]["known"]) for r in made[s]} for s in made]
+    assert not any(a & b for some in (shown, known) for a, b in itertools.combinations(some, 2))
+
+
+def test_near_duplicates_are_left_out(modules, tmp_path):
+    seen = set()
+    first, _ = align.instructions_of(str(modules), "train", 50, 10_000, 0, seen)
+    again, left_out = align.instructions_of(str(modules), "train", 50, 10_000, 0, seen)
+    assert first and not again and left_out["functions like others"]
+    lines = "def f(a):\n    b = a + 1\n    c = b * a\n    return c".split("\n")
+    assert not align.nearly_seen(lines, seen) and align.nearly_seen([*lines[:3], "    return c - 1"], seen)
+
+
+@pytest.mark.parametrize("more, reason", [
+    (("--limit", "0"), "at least 1"), (("--max-tokens", "-3"), "at least 1"), (("--held-out", "sums"), "one of body"),
+    (("--max-tokens", "3"), "Python modules"),
+])  # fmt: skip
+def test_data_refuses(more, reason, modules, tmp_path):
+    assert reason in refusal(align.app, "data", "--data", modules, "--out", tmp_path / "i", *more)
+    assert not (tmp_path / "i").exists()
+
+
+def test_text_that_is_no_python_is_refused(data, tmp_path):
+    """Also Python that is cut in the middle of a module, at the border of its splits."""
+    assert "Python modules" in refusal(align.app, "data", "--data", data, "--out", tmp_path / "i")
+    assert not (tmp_path / "i").exists()
+
+
+def test_a_script_without_a_model_hardly_passes(modules, tmp_path):
+    """It does all that the prompt asks for, but does not agree with the author."""
+    import script_without_a_model as script
+
+    call(align.app, "data", "--data", modules, "--out", tmp_path / "i", "--max-tokens", "600")
+    rows = list(script.measure(tmp_path / "i", seeds=1, most=40))
+    assert all(row["passes"] == 1 for row in rows if row["who"] == "authors")
+    mine = [row for row in rows if row["who"] != "authors"]
+    assert sum(row["passes"] * row["n"] for row in mine) < 0.25 * sum(row["n"] for row in mine)
+    assert all(row[name] > 0.8 for row in mine for name in ("parses", "known", "fits") if row["task"] != "mend")
 
 
 # Readers -------------------------------------------------------------------------------------------------------------
@@ -219,23 +320,23 @@ def test_default_data_keeps_the_split(modules, tmp_path):
     ],
 )
 def test_formats(record):
-    assert align.read_conversation(record) == [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert align.read_conversation(record) == [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]]
 
 
 def test_alpaca_input_stands_after_the_instruction():
-    assert align.read_conversation({"instruction": "q", "input": "x", "output": "a"})[0]["content"] == "q\n\nx"
+    assert align.read_conversation({"instruction": "q", "input": "x", "output": "a"})[0][0]["content"] == "q\n\nx"
 
 
 @pytest.mark.parametrize(
     "line, reason",
     [
-        ({"instruction": "q"}, "'output' is missing"),
+        ({"instruction": "q"}, "It lacks output or response or completion or chosen"),
         ("{", "Expecting"),
         ("[1]", "not a JSON object"),
         ({"messages": [{"role": "king", "content": "q"}]}, "a known role"),
         ({"conversations": [{"from": "human", "value": 3}]}, "a text and a known role"),
         ({"messages": []}, "neither a text nor messages"),
-        ({"text": "q"}, "neither messages"),
+        ({"text": "q"}, "It lacks messages or"),
     ],
 )
 def test_a_bad_line_is_refused_by_number(tmp_path, modules, line, reason):
@@ -243,7 +344,7 @@ def test_a_bad_line_is_refused_by_number(tmp_path, modules, line, reason):
     with pytest.raises(UserError, match=f"line 3: .*{reason}"):
         align.load_items([path], load_tokenizer(modules), 128, False)
     path = write(tmp_path / "y.jsonl", {"prompt": "q", "chosen": "a"})
-    with pytest.raises(UserError, match="line 1: 'rejected' is missing"):
+    with pytest.raises(UserError, match="line 1: It lacks rejected"):
         align.load_items([path], load_tokenizer(modules), 128, True)
 
 
@@ -258,6 +359,150 @@ def test_what_is_counted(tmp_path, modules):
     pairs = write(tmp_path / "p.jsonl", *({"prompt": "q", "chosen": c, "rejected": r} for c, r in (("a", "b"), ("a", "a"), ("a", ""))))
     items, counts = align.load_items([pairs], load_tokenizer(modules), 128, True)
     assert (counts["kept"], counts["left out: equal answers"], counts["with an empty answer"]) == (2, 1, 1)
+
+
+@pytest.mark.parametrize("record, talk", [
+    ({"system": "S", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "sSuqaa"),
+    ({"system": "S", "prompt": "q", "completion": "a"}, "sSuqaa"),
+    ({"instruction": "q", "output": "a", "history": [["x", "y"], ["v", "w"]]}, "uxayuvawuqaa"),
+    ({"instruction": "q", "output": "a", "history": None, "system": ""}, "uqaa"),
+    ({"instruction": "q", "output": "a", "history": [["x", "y"]], "system": "S"}, "sSuxayuqaa"),
+    ({"prompt": "q", "completion": [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
+                                    {"role": "assistant", "content": "a"}]}, "uqabucaa"),
+])  # fmt: skip
+def test_nothing_is_dropped(record, talk):
+    """System messages, earlier turns and every turn of an answer are there, in order."""
+    (found,) = align.read_conversation(record)
+    assert "".join(m["role"][0] + m["content"] for m in found) == talk
+
+
+USER, ANSWER, MORE = {"role": "user", "content": "q"}, {"role": "assistant", "content": "one?"}, {"role": "user", "content": "yes"}
+FINE = {"role": "assistant", "content": "fine"}
+
+
+@pytest.mark.parametrize("record", [
+    {"prompt": "q", "chosen": [ANSWER, MORE, FINE], "rejected": "no"},
+    {"prompt": "q", "chosen": [USER, ANSWER, MORE, FINE], "rejected": [USER, {**ANSWER, "content": "no"}]},
+    {"chosen": [USER, ANSWER, MORE, FINE], "rejected": [USER, {**ANSWER, "content": "no"}]},
+    {"prompt": "q", "answers": [[ANSWER, MORE, FINE], {"from": "gpt", "value": "no"}]},
+])  # fmt: skip
+def test_earlier_turns_of_an_answer_are_context(record, modules, tmp_path):
+    """Of a ranking's answers the last turn is trained; what goes before it is read."""
+    tokenizer = load_tokenizer(modules)
+    (item,), _ = align.load_items([write(tmp_path / "p.jsonl", record)], tokenizer, 400, True)
+    chosen, rejected = item.examples
+    assert chosen.ids == render(tokenizer, [USER, ANSWER, MORE, FINE])[0]
+    trained = [tokenizer.decode([i for i, t in zip(*e, strict=True) if t]) for e in item.examples]
+    assert trained == ["fine<|im_end|>", "no<|im_end|>"]
+
+
+@pytest.mark.parametrize("record, reason", [
+    ({"prompt": "q", "chosen": [FINE, MORE], "rejected": "no"}, "'chosen' does not end with the assistant"),
+    ({"prompt": "q", "chosen": "yes", "rejected": [ANSWER, MORE]}, "'rejected' does not end with the assistant"),
+    ({"prompt": "q", "answers": ["a", [FINE, MORE]]}, r"answers\[1\]' does not end"),
+    ({"chosen": "a", "rejected": "b"}, "It lacks messages or"),
+    ({"prompt": "q", "answers": ["a"]}, "fewer than two"),
+    ({"prompt": "q", "answers": 3}, "fewer than two"),
+])  # fmt: skip
+def test_a_bad_ranking_is_refused_by_number(record, reason, modules, tmp_path):
+    path = write(tmp_path / "p.jsonl", {"prompt": "q", "chosen": "a", "rejected": "b"}, record)
+    with pytest.raises(UserError, match=f"line 2: .*{reason}"):
+        align.load_items([path], load_tokenizer(modules), 400, True)
+
+
+def test_what_is_not_used_is_named(modules, tmp_path, capsys):
+    rows = [{"prompt": "q", "completion": "a", "source": "x"}, {"messages": [USER, {**FINE, "weight": 0}], "input": "lost"}]
+    align.load_items([write(tmp_path / "x.jsonl", *rows)], load_tokenizer(modules), 400, False)
+    assert "not used of it: input, messages: weight, source" in " ".join(capsys.readouterr().err.split())
+    align.load_items([write(tmp_path / "x.jsonl", {"prompt": "q", "completion": "a"})], load_tokenizer(modules), 400, False)
+    assert "not used" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line, reason", [
+    (b'{"prompt": "q \\ud83d", "completion": "a"}', "half a character"), (b'{"prompt": "q", "completion": "\xff"}', "is not UTF-8"),
+    (b'{"prompt": ' + b"[" * 100_000 + b"}", "recursion"), (b'{"prompt": {"a": 1}, "completion": "a"}', "neither a text"),
+    (b'{"messages": [{"role": ["user"], "content": "q"}]}', "known role"), (b'{"messages": [{"from": {}, "value": "q"}]}', "known role"),
+    (b'{"instruction": "q", "input": ["a", "b"], "output": "a"}', "'input' is not a text"),
+    (b'{"instruction": "q", "system": 3, "output": "a"}', "'system' is not a text"),
+    (b'{"instruction": "q", "history": 3, "output": "a"}', "'history' is not a list"),
+    (b'{"instruction": "q", "history": [["a"]], "output": "a"}', "'history' is not a list of pairs"),
+    (b'{"system": "S", "messages": [{"role": "system", "content": "T"}]}', "two system messages"),
+    (b"\0\0\0", "Expecting"), (b'{"prompt": ' + b"1" * 5000 + b"}", ""), (b"nul", "Expecting"), (b'"prompt"', "JSON object"),
+])  # fmt: skip
+def test_json_of_unexpected_shape(line, reason, modules, tmp_path):
+    """Half characters, other encodings, deep nesting and other types are a sentence with the line's number."""
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "q", "completion": "a"}\n\n' + line + b"\n")
+    with pytest.raises(UserError, match=f"x.jsonl, line 3.*{reason}"):
+        align.load_items([tmp_path / "x.jsonl"], load_tokenizer(modules), 400, False)
+
+
+CHECK = {"task": "body", "before": "def f(a):\n", "after": "", "shown": "def f(a):", "answer": "    return a", "name": "f",
+         "params": ["a"], "known": []}  # fmt: skip
+
+
+@pytest.mark.parametrize("record, reason", [
+    ({"prompt": "q", "check": {**CHECK, "before": None}}, "'check' is not of the kind"),
+    ({"prompt": "q", "check": {**CHECK, "params": [1]}}, "'check' is not of the kind"),
+    ({"prompt": "q", "check": {**CHECK, "known": [[]]}}, "'check' is not of the kind"),
+    ({"prompt": "q", "check": {**CHECK, "params": "ab"}}, "'check' is not of the kind"),
+    ({"prompt": "q", "check": []}, "'check' is not of the kind"), ({"prompt": "q", "check": {}}, "'check' is not of the kind"),
+    ({"prompt": "q", "task": ["body"]}, "'task' is not a text"), ({"messages": [FINE]}, "Nothing is asked"),
+])  # fmt: skip
+def test_a_bad_prompt_is_refused_by_number(record, reason, tmp_path):
+    with pytest.raises(UserError, match=f"line 2: .*{reason}"):
+        align.load_prompts(write(tmp_path / "x.jsonl", {"prompt": "q", "check": CHECK}, record))
+
+
+def test_labels_of_another_kind_are_refused(base, lines, tmp_path):
+    write(tmp_path / "l.jsonl", {"question": "x"})
+    args = ("label", base, "--prompts", lines / "prompts.jsonl", "--out", tmp_path / "l.jsonl")
+    assert "l.jsonl, line 1: It lacks chosen" in refusal(align.app, *args)
+
+
+def test_no_file_no_wait(modules, tmp_path):
+    """A pipe that nobody writes to, a folder and a name that is too long are refused at once."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, tmp_path / ("x" * 300), tmp_path / "none"):
+        with pytest.raises(UserError, match="missing, or no file"):
+            align.load_items([path], load_tokenizer(modules), 400, False)
+
+
+# Properties of rows: each token stands once, and nothing leaks ----------------------------------------------------------
+
+TOKENS = st.integers(1, 50)
+ANSWERS = st.lists(st.lists(TOKENS, min_size=1, max_size=6), min_size=1, max_size=4)
+ITEMS = st.lists(st.tuples(st.lists(TOKENS, min_size=1, max_size=9), ANSWERS), min_size=1, max_size=5)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 16), max_size=30), st.integers(16, 40))
+def test_pack_takes_each_once(lengths, T):
+    rows = pack(lengths, T)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[i] for i in row) <= T for row in rows)
+    loads = sorted(sum(lengths[i] for i in row) for row in rows)
+    assert len(rows) < 2 or loads[0] + loads[1] > T  # first fit: no two rows would go into one
+
+
+@settings(deadline=None)
+@given(ITEMS, st.integers(8, 60))
+def test_collate_loses_and_leaks_nothing(items, T):
+    items = [[align.as_example(prompt, answer) for answer in answers] for prompt, answers in items]
+    batch = collate(items, T)
+    examples = [e for item in items for e in item]
+    there = batch.positions >= 0
+    assert there.sum() == sum(map(align.tokens_in, items)) and (batch.docs[~there] == -1).all()
+    ids, positions, docs = batch.ids.flatten(), batch.positions.flatten(), batch.docs.flatten()
+    row = torch.arange(len(ids)) // batch.ids.shape[1]
+    n = len(examples)
+    for k, (item, e) in enumerate((i, e) for i, group in enumerate(items) for e in group):
+        own = (docs == k) | (docs == n + item)  # what an example sees: its own tokens and its trunk's
+        assert ids[own][positions[own].argsort()].tolist() == e.ids  # all of it, once, and nothing of another's
+        assert len(set(row[own].tolist())) == 1 and (batch.trunks.flatten()[own] == n + item).all()
+        mine = batch.owner == k
+        assert batch.targets[mine].tolist() == [t for t, own in zip(*e, strict=True) if own]
+        assert ids[batch.at[mine]].tolist() == e.ids[-len(batch.targets[mine]) - 1 : -1]
+        assert batch.lengths[k] == mine.sum() and positions[batch.last[k]] == len(e.ids) - 1
 
 
 # Stages --------------------------------------------------------------------------------------------------------------
@@ -376,6 +621,19 @@ def test_lora(base, lines, tmp_path):
     assert changed == {n for n in was if n.startswith("layers.") and "norm" not in n}
 
 
+@pytest.mark.parametrize("name, more, lost", [("sft", {"lora_rank": 4}, "weights/layers.1.mlp.up_proj.lora_B"),
+                                              ("dpo", {}, "reference/items")])  # fmt: skip
+def test_state_that_is_gone_is_missed(name, more, lost, base, lines, tmp_path):
+    """A run whose saved state lacks something is refused: it would go on from other weights."""
+    stage(name, base, lines / ("sft.jsonl" if name == "sft" else "pairs.jsonl"), tmp_path / "o", max_steps=2, **more)
+    path = tmp_path / "o" / "state" / "optimizer.safetensors"
+    tensors = load_file(path)
+    for value in (None, torch.zeros(1, 2)):
+        save_file({n: w for n, w in tensors.items() if n != lost} | ({} if value is None else {lost: value}), path)
+        with pytest.raises(UserError, match="lacks"):
+            align.run_stage(resumed(KINDS[name], tmp_path / "o", max_steps=4))
+
+
 RANKS = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
@@ -422,6 +680,16 @@ def test_variants_run(loss, beta, first, base, lines, tmp_path):
     assert ("reference/items" in kept) == (loss != "simpo")
 
 
+def test_simpo_is_a_mean_per_token(base, lines, tmp_path):
+    """Answers of different lengths, each by the mean of its own tokens."""
+    learner = align.DPO(options("dpo", base, lines / "pairs.jsonl", tmp_path / "o", loss="simpo"))
+    batch = collate([item.examples for item in learner.items], 128)
+    chosen, rejected = (logps(load_model(base), batch) / batch.lengths).view(-1, 2).unbind(1)
+    assert (batch.lengths.view(-1, 2).diff() != 0).any()
+    want = align.simpo_loss(chosen, rejected).mean().item()
+    assert learner.measure(learner.items)["preference"] == pytest.approx(want, rel=1e-4)
+
+
 def test_simpo_has_a_beta_of_its_own(base, lines, tmp_path):
     """2 unless told otherwise, where dpo has 0.1."""
     for name, beta in (("default", None), ("two", 2.0), ("other", 0.1)):
@@ -454,27 +722,114 @@ def test_the_reference_is_kept(stages):
         (("sft", "--lr", "-1"), "--lr is -1.0; it has to be above 0"),
         (("sft", "--set", "n_layer=2"), "n_layer: no setting of this stage"),
         (("sft", "--set", "gamma=2"), "gamma: no setting of this stage"),
-        (("sft", "--data", "nowhere.jsonl"), "nowhere.jsonl is missing"),
+        (("sft", "--data", "nowhere.jsonl"), "nowhere.jsonl: it is missing"),
         (("sft", "--model", "nowhere"), "holds no checkpoint"),
         (("evaluate", "nowhere"), "holds no checkpoint"),
         (("data", "--held-out", "bogus"), "--held-out is one of"),
-        (("pairs", "--samples", "1"), "--samples has to be at least 2"),
+        (("pairs", "--samples", "1"), "--samples is 1; it has to be at least 2"),
+        (("dpo", "--set", "gamma=1"), "--set gamma changes nothing without --loss simpo"),
+        (("sft", "--set", "lora_alpha=8"), "--set lora_alpha changes nothing without --lora-rank"),
+        (("sft", "--set", "lora_alpha=0", "--lora-rank", "2"), "lora_alpha=0 would keep"),
+        (("sft", "--lora-rank", "1000000"), "--lora-rank 1000000 is more than the width, 32"),
+        (("evaluate", "nowhere", "--reward", "r"), "--reward judges between answers"),
+        (("evaluate", "BASE", "--samples", "2", "--temperature", "0", "--data", "DATA"), "greedy answers are all one"),
+        (("pairs", "BASE", "--temperature", "0.001"), "greedy answers are all one"),
+        (("pairs", "BASE", "--samples", "1001"), "--samples is at most 1,000"),
+        (("label", "BASE", "--temperature", "0"), "greedy answers are all one"),
+        (("sft", "--data", ""), "missing, or no file"),
+        (("sft", "--batch-size", "2000000"), "--batch-size is at most a million"),
+        (("evaluate", "nowhere", "--against", "x", "--reward", ""), "--reward '': write NAME"),
+        (("evaluate", "nowhere", "--data", "elsewhere"), "There is no data folder elsewhere"),
     ],
 )
-def test_sentences(args, sentence, base, lines, tmp_path):
+def test_sentences(args, sentence, base, modules, lines, tmp_path):
+    args = [{"BASE": base, "DATA": modules}.get(word, word) for word in args]
     more = ()
     if args[0] in ("sft", "dpo"):
         more = ("--model", base) if "--model" not in args else ()
         more += ("--data", lines / "pairs.jsonl") if "--data" not in args else ()
         more += ("--out", tmp_path / "o")
-    if args[0] == "evaluate":
+    if args[0] in ("evaluate", "pairs", "label"):
         more = ("--prompts", lines / "prompts.jsonl")
+        more += ("--out", tmp_path / "o.jsonl") if args[0] != "evaluate" else ()
     assert sentence in refusal(align.app, *args, *more)
+
+
+def number_options():
+    """List (command, option) for all numbers of all commands, and (command, setting=) for those that --set reaches."""
+    kinds = {**KINDS, "grpo": align.GRPOStage, "ppo": align.PPOStage}
+    declared = [(name, f.name, f.type) for name, kind in kinds.items() for f in dataclasses.fields(kind)]
+    for name in ("data", "pairs", "label", "evaluate"):
+        parameters = inspect.signature(getattr(align, name)).parameters.values()
+        declared += [(name, p.name, p.annotation) for p in parameters]
+    found = []
+    for name, option, kind in declared:
+        if getattr(kind, "__origin__", kind) in (int, float, int | None, float | None):
+            is_option = hasattr(kind, "__metadata__")
+            found.append((name, f"--{option.replace('_', '-')}" if is_option else f"{option}="))
+    return found
+
+
+def test_no_number_is_out_of_range():
+    """Negative, infinite, or none at all: every number of every command is refused by its name, before anything is loaded."""
+    tried = number_options()
+    assert {("data", "--limit"), ("label", "--temperature"), ("ppo", "lam="), ("sft", "--epochs")} <= set(tried)
+    commands = typer.main.get_command(align.app)
+    for name, option in tried:
+        for value in ("-1", "NaN", "Infinity", "1e400"):
+            given = ("--set", option + value) if option.endswith("=") else (option, value)
+            with pytest.raises((UserError, typer.BadParameter)) as error:
+                commands.main([name, *given], standalone_mode=False)
+            said = getattr(error.value, "format_message", lambda: str(error.value))()
+            assert option.strip("-=").replace("_", "-") in said.replace("_", "-"), (name, option, value)
+
+
+def test_a_file_to_judge_by_that_has_nothing_is_refused(base, lines, tmp_path):
+    """Not silently replaced by a part of the training data, whether it was named or stands beside."""
+    long = write(tmp_path / "val.jsonl", {"prompt": "long " * 400, "completion": "a"})
+    for data, val in ((lines / "sft.jsonl", str(long)), (write(tmp_path / "d.jsonl", TALKED), None)):
+        with pytest.raises(UserError, match="val.jsonl: 1 read, 1 left out: longer .*nothing to judge by"):
+            stage("sft", base, data, tmp_path / "o", val=val)
+
+
+TALKED = {"prompt": "q", "completion": "a"}
+
+
+def test_a_run_that_diverges_keeps_good_weights(base, lines, tmp_path):
+    with pytest.raises(UserError):
+        stage("sft", base, lines / "sft.jsonl", tmp_path / "o", lr=1e9, warmup_steps=0, max_steps=40)
+    assert all(p.isfinite().all() for p in load_model(tmp_path / "o").parameters())
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_lora_on_a_mixture_of_experts(shared, base, lines, tmp_path):
+    """Attention, dense and shared parts get additions; the routed experts and their router stay as they were."""
+    sizes = {"n_expert": 4, "n_expert_active": 2, "n_expert_shared": shared, "expert_dim": 16, "dense_layers": (0,)}
+    config = load_model(base).config.replace(**sizes)
+    save_checkpoint(tmp_path / "base", Transformer(config).init_weights(2), base / "tokenizer.json")
+    stage("sft", tmp_path / "base", lines / "sft.jsonl", tmp_path / "o", lora_rank=4, max_steps=3)
+    align.run_stage(resumed(KINDS["sft"], tmp_path / "o", max_steps=4))
+    was, now = (load_model(tmp_path / f).state_dict() for f in ("base", "o"))
+    changed = {n for n in was if not torch.equal(was[n], now[n])}
+    assert changed == {n for n in was if "_proj" in n and ".experts." not in n}
+    assert any("shared" in n for n in changed) == bool(shared)
+
+
+def test_figures_that_nobody_measured_are_left_out(base, modules, tmp_path, capsys):
+    """Prompts without checks: no share of good answers, in the table and in the summary of a step."""
+    path = write(tmp_path / "p.jsonl", *({"prompt": f"q{i}"} for i in range(3)))
+    call(align.app, "evaluate", base, "--prompts", path, "--json", "--data", modules)
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"length", "ended", "distinct", "bits per byte of the pretraining text"}
+    tasks = align.load_prompts(path)
+    checked = [answer({**tasks[0], "check": CHECK, "task": "body"}, x) for x in ("    return a + 1", "    pass")]
+    assert "good" not in align.summarize([[answer(tasks[0], "x")]]) and answer(tasks[0], "x").good is None
+    assert align.summarize([checked, [answer(tasks[0], "x")]])["good"] == 0.5
 
 
 def test_a_mistake_is_a_sentence_and_exit_code_2():
     code, _, err = command("align.py", "sft", "--lr", "-1")
-    assert code == 2 and "error: --lr is -1.0; it has to be above 0." in err and "Traceback" not in err, err
+    assert code == 2 and "error: --lr is -1.0; it has to be above 0" in err and "Traceback" not in err, err
 
 
 @pytest.mark.parametrize("name", ["sft", "grpo"])
@@ -526,26 +881,55 @@ def test_pairs_are_good_against_bad(base, lines, tmp_path, monkeypatch):
     assert [(m["chosen"], m["rejected"]) for m in made] == [("    return a + 1", "    pass"), ("    return a - 1", "    pass")]
 
 
-def test_label_writes_what_was_chosen(base, lines, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("1x2sq"))
-    align.label(str(base), str(lines / "prompts.jsonl"), tmp_path / "l.jsonl", limit=4, device="cpu")
+def test_pairs_says_what_was_cut_off(base, lines, tmp_path, monkeypatch, capsys):
+    texts = ["    return a + 1", "    pass", "    return a - 1"]
+    monkeypatch.setattr(align, "answer_all", lambda folder, tasks, *more: [[answer(t, x, i < 2) for i, x in enumerate(texts)] for t in tasks])
+    call(align.app, "pairs", base, "--prompts", lines / "prompts.jsonl", "--out", tmp_path / "p.jsonl")
+    assert "4 with both; 4 answers that were cut off are left out" in " ".join(capsys.readouterr().err.split())
+    made = [json.loads(line) for line in open(tmp_path / "p.jsonl")]
+    assert [(m["chosen"], m["rejected"]) for m in made] == [(texts[0], texts[1])] * 4
+
+
+def typing(monkeypatch, keys: bytes):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(keys)))
+
+
+def test_label_writes_what_was_chosen(base, lines, tmp_path, monkeypatch, capsys):
+    """Equal answers and those that were cut off are not offered, and it says so; what is labelled is not asked again."""
+
+    def answers(folder, tasks, *args, **more):
+        texts = [("one", "two", True), ("same", "same", True), ("whole", "cut off", False), ("three", "four", True)]
+        return [[answer(t, x), answer(t, y, ended)] for t, (x, y, ended) in zip(tasks, texts, strict=False)]
+
+    monkeypatch.setattr(align, "answer_all", answers)
+    args = ("label", base, "--prompts", lines / "prompts.jsonl", "--out", tmp_path / "l.jsonl")
+    typing(monkeypatch, b"1\n\xff\n x \n2\n")  # (a byte that is no UTF-8, and a key that is none of the four)
+    call(align.app, *args)
     made = [json.loads(line) for line in open(tmp_path / "l.jsonl")]
-    assert len(made) == 2 and made[0].keys() == {"prompt", "chosen", "rejected"}
+    assert [(m["chosen"], m["rejected"]) for m in made] == [("one", "two"), ("four", "three")]
+    said = capsys.readouterr().err
+    assert "2 of 4 prompts" in said and "cut off" not in said.split("left out.")[1] and "[1]\none" in said
     items, _ = align.load_items([tmp_path / "l.jsonl"], load_tokenizer(base), 4000, True)
     assert len(items) == 2
+    (tmp_path / "l.jsonl").write_text((tmp_path / "l.jsonl").read_text().rstrip("\n"))  # as an editor may leave it
+    typing(monkeypatch, b"s\n")
+    call(align.app, *args)
+    assert "1 of 2 prompts" in capsys.readouterr().err
+    typing(monkeypatch, b"2\n")
+    call(align.app, *args)
+    made = [json.loads(line) for line in open(tmp_path / "l.jsonl")]
+    assert [m["chosen"] for m in made] == ["one", "four", "two"]
 
 
-def test_calibration_error():
-    """Nothing for a coin, and for odds that come true; large for one who is sure and wrong."""
-    assert align.calibration_error(torch.zeros(8)) == 0
-    assert align.calibration_error(torch.tensor([math.log(3)] * 3 + [-math.log(3)])) == pytest.approx(0, abs=1e-6)
-    assert align.calibration_error(torch.full((4,), -20.0)) == pytest.approx(1)
+def test_label_asks_what_is_trained_on():
+    """The prompts that judge a model are not the ones to collect preferences on."""
+    assert "train" in inspect.signature(align.label).parameters["prompts"].default
 
 
 def test_a_prompt_is_on_one_side(base, tmp_path):
     rows = [{"prompt": f"q{i // 3}", "chosen": f"a{i}", "rejected": "b"} for i in range(120)]
     path = write(tmp_path / "p.jsonl", *rows)
-    learner = align.Learner(options("reward", base, path, tmp_path / "o"))
+    learner = align.RewardModel(options("reward", base, path, tmp_path / "o"))
     sides = ({tuple(i.examples[0].ids[: i.examples[0].trained.index(True)]) for i in items}
              for items in (learner.items, learner.val))  # fmt: skip
     train, val = sides
@@ -556,11 +940,13 @@ def test_kl_by_hand(base):
     """Equal to the closed form, and nothing between a model and itself."""
     model, other = load_model(base), load_model(base)
     other.load_state_dict({n: p * 1.1 for n, p in other.state_dict().items()})
-    example = Example([5, 9, 7, 3], [False, False, True, True])
-    item = align.Item([example])
-    assert align.mean_kl(model, model, [item]) == [0.0]
-    p, q = (m(torch.tensor([example.ids]))[0][0, 1:3].softmax(-1) for m in (model, other))
-    assert align.mean_kl(model, other, [item])[0] == pytest.approx(float((p * (p / q).log()).sum() / 2), rel=1e-3)
+    mine = [answer({"check": None}, "", ids=(7, 3), prompt=(5, 9))]
+    assert align.mean_kl(model, model, mine, mine) == [0.0]
+    p, q = (m(torch.tensor([[5, 9, 7, 3]]))[0][0, 1:3].softmax(-1) for m in (model, other))
+    assert align.mean_kl(model, other, mine, mine)[0] == pytest.approx(float((p * (p / q).log()).sum() / 2), rel=1e-3)
+    theirs = [answer({"check": None}, "", prompt=(5, 8))]
+    with pytest.raises(UserError, match="different tokenizers"):
+        align.mean_kl(model, other, mine, theirs)
 
 
 # trl ------------------------------------------------------------------------------------------------------------------
@@ -602,10 +988,13 @@ def test_sft_loss_equals_trls(trl, base):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ours, kind", [("dpo", "sigmoid"), ("smooth", "sigmoid"), ("norm", "sigmoid_norm"), ("ipo", "ipo")])
+@pytest.mark.parametrize("ours, kind", [("dpo", "sigmoid"), ("smooth", "aot"), ("norm", "sigmoid_norm"), ("ipo", "ipo")])
 def test_dpo_losses_equal_trls(ours, kind, trl, base):
+    """(trl's sigmoid takes no smoothing; its aot sorts the pairs of a batch, which for one pair is the smoothed loss.)"""
     module, Dataset, tokenizer, model, pairs, start, common, batch, items = trl
     import copy
+
+    pairs = pairs[-1:] if ours == "smooth" else pairs
 
     policy = copy.deepcopy(model)
     with torch.no_grad():
@@ -619,7 +1008,7 @@ def test_dpo_losses_equal_trls(ours, kind, trl, base):
     theirs = trainer.compute_loss(trainer.model, batch(trainer)).item()
     reference, mine = load_model(base), load_model(base)
     mine.load_state_dict({n: p * 1.05 for n, p in mine.state_dict().items()})
-    b = collate(items(load_tokenizer(base)), 128)
+    b = collate(items(load_tokenizer(base))[-len(pairs) :], 128)
     with torch.no_grad():
         ratios = (logps(mine, b) - logps(reference, b)) / (b.lengths if align.VARIANTS[ours].mean else 1)
     chosen, rejected = ratios.view(-1, 2).unbind(1)
@@ -637,52 +1026,79 @@ def test_simpo_loss_equals_trls():
     torch.testing.assert_close(theirs, align.simpo_loss(chosen, rejected, 2.0, 0.7), rtol=1e-4, atol=1e-4)
 
 
+STEPS, BATCH = 20, 32  # of a race
+
+
+def race_data(modules, tokenizer, count):
+    """Make `count` questions with two answers each, some 200 tokens long together with the question."""
+
+    def size(question, answer):
+        return len(render(tokenizer, [{"role": "user", "content": question}, {"role": "assistant", "content": answer}])[0])
+
+    talks = [[m["content"] for m in r["messages"]] for r in align.instructions_of(str(modules), "train", 400, 256, 0)[0]]
+    talks = [(q, a) for q, a in talks if size(q, a) >= 150]
+    rows = [(q, a, other) for (q, a), (_, other) in zip(talks, talks[1:] + talks[:1], strict=True)]
+    rows = [(q, a, other) for q, a, other in rows if a.strip() != other.strip() and size(q, other) <= 256]
+    return (rows * (count // len(rows) + 1))[:count]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, dtype", [("sft", "fp32"), ("dpo", "fp32"), ("reward", "fp32"), ("reward", "bf16")])
-def test_steps_per_second_against_trls(stage, dtype, modules, tmp_path):
-    """The default model's shape, 32 conversations of `modules` a step, the same precision on both sides, taking turns."""
+def test_seconds_of_an_epoch_beside_trls(stage, dtype, modules, tmp_path):
+    """An epoch of the same conversations in 20 steps, the default model's shape, one precision, taking turns.
+
+    On both sides the clock runs over the reference's log-probabilities of DPO, too: trl computes them in each step, ours
+    before the first, and in an epoch both compute each once. trl's SFT packs, as ours does; its other trainers cannot.
+    """
     trl, transformers, datasets = (pytest.importorskip(name) for name in ("trl", "transformers", "datasets"))
     tokenizer = load_tokenizer(modules)
     config = PRESETS["micro"].replace(vocab_size=4096, eos_id=tokenizer.eot_id, pad_id=tokenizer.pad_id)
     save_checkpoint(tmp_path / "base", Transformer(config).init_weights(), modules / "tokenizer.json")
-    talks = [r["messages"] for r in align.instructions_of(str(modules), "train", 60, 256, 0)[0]]
-    start = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-    rows = [{"prompt": start.format(q["content"]), "completion": a["content"]} for q, a in talks]
+    data = race_data(modules, tokenizer, STEPS * BATCH)
+    start, end = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"
+    pairs = [{"prompt": q, "chosen": a, "rejected": r} for q, a, r in data]
+    write(tmp_path / "d.jsonl", *(pairs if stage != "sft" else ({"prompt": q, "completion": a} for q, a, _ in data)))
+    write(tmp_path / "val.jsonl", *(pairs[:1] if stage != "sft" else [{"prompt": data[0][0], "completion": data[0][1]}]))
+    more, auto = {}, transformers.AutoModelForCausalLM
     if stage == "sft":
-        write(tmp_path / "d.jsonl", *({"messages": m} for m in talks))
         kind, trainer, settings = align.SFTStage, trl.SFTTrainer, trl.SFTConfig
-    else:
-        write(tmp_path / "d.jsonl", *({"prompt": q["content"], "chosen": a["content"], "rejected": "    pass"} for q, a in talks))
-        rows = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "    pass"} for r in rows]
+        rows = [{"prompt": start.format(q), "completion": a} for q, a, _ in data]
+        tokens = sum(len(render(tokenizer, [{"role": "user", "content": q}, {"role": "assistant", "content": a}])[0]) for q, a, _ in data)
+        more = {"packing": True, "per_device_train_batch_size": max(1, round(tokens / 256 / STEPS))}
+    elif stage == "dpo":
         kind, trainer, settings = align.DPOStage, trl.DPOTrainer, trl.DPOConfig
-        if stage == "reward":
-            kind, trainer, settings = align.RewardStage, trl.RewardTrainer, trl.RewardConfig
-            rows = [{k: f"{r['prompt']}{r[k]}<|im_end|>\n" for k in ("chosen", "rejected")} for r in rows]
-    o = kind(model=str(tmp_path / "base"), data=[str(tmp_path / "d.jsonl")], out=str(tmp_path / "o"), dtype=dtype,
-             device="cpu")  # fmt: skip
-    learner = align.Learner(o)
+        rows = [{"prompt": start.format(q), "chosen": a, "rejected": r} for q, a, r in data]
+    else:
+        kind, trainer, settings = align.RewardStage, trl.RewardTrainer, trl.RewardConfig
+        rows = [{"chosen": start.format(q) + a + end, "rejected": start.format(q) + r + end} for q, a, r in data]
+        auto = transformers.AutoModelForSequenceClassification
+    common = dict(report_to=[], use_cpu=True, bf16=dtype == "bf16", max_length=256, num_train_epochs=1, save_strategy="no",
+                  gradient_checkpointing=False, disable_tqdm=True, logging_steps=1000)  # fmt: skip
+    common = {"per_device_train_batch_size": BATCH, **common, **more}
     hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
-    auto = transformers.AutoModelForSequenceClassification if stage == "reward" else transformers.AutoModelForCausalLM
-    more = {"num_labels": 1} if stage == "reward" else {}
-    rounds, steps, times = 3, 2, {"ours": [], "trl's": []}
-    theirs = settings(str(tmp_path / "t"), report_to=[], use_cpu=True, bf16=dtype == "bf16", per_device_train_batch_size=32, max_length=256,
-                      max_steps=steps, save_strategy="no", gradient_checkpointing=False, disable_tqdm=True)  # fmt: skip
-    model = auto.from_pretrained(tmp_path / "base", dtype=torch.float32, **more)
-    theirs = trainer(model, args=theirs, train_dataset=datasets.Dataset.from_list(rows), processing_class=hf)
-    for i in range(rounds + 1):
-        begin = time.perf_counter()
-        for step in range(i * steps, (i + 1) * steps):
-            learner.measure(align.draw(learner.items, 32, step, 0), scale=1.0)
+    times, steps = {"ours": [], "trl's": []}, []
+    for turn in range(2):
+        files = {"model": str(tmp_path / "base"), "data": [str(tmp_path / "d.jsonl")], "out": str(tmp_path / f"o{turn}")}
+        learner = align.METHODS[stage](kind(**files, dtype=dtype, device="cpu", batch_size=BATCH))
+        assert len(learner.items) == STEPS * BATCH
+        began = time.perf_counter()
+        learner.prepare()  # (which it has done once already: here it is timed)
+        for step in range(STEPS):
+            learner.measure(align.draw(learner.items, BATCH, step, 0), scale=1.0)
             torch.nn.utils.clip_grad_norm_(learner.model.parameters(), 1.0)
             learner.optimizer.step()
             learner.optimizer.zero_grad()
-        ours, found = time.perf_counter() - begin, theirs.train().metrics["train_runtime"]
-        if i:
-            times["ours"].append(ours / steps)
-            times["trl's"].append(found / steps)
-    ours, found = (sorted(t)[len(t) // 2] for t in times.values())
-    print(f"\n{stage} {dtype}: {ours * 1e3:.0f} ms a step, trl {found * 1e3:.0f}: {found / ours:.2f} times as fast; all: {times}")
-    assert found > 1.2 * ours
+        times["ours"].append(time.perf_counter() - began)
+        head = {"num_labels": 1} if stage == "reward" else {}
+        model = auto.from_pretrained(tmp_path / "base", dtype=torch.float32, **head)
+        dataset = datasets.Dataset.from_list(rows)
+        theirs = trainer(model, args=settings(str(tmp_path / "t"), **common), train_dataset=dataset, processing_class=hf)
+        began = time.perf_counter()
+        steps.append(theirs.train().global_step)
+        times["trl's"].append(time.perf_counter() - began)
+    ratios = [theirs / ours for ours, theirs in zip(*times.values(), strict=True)]
+    print(f"\n{stage} {dtype}: trl's seconds over ours {ratios}, trl's steps {steps}, all: {times}")
+    assert min(steps) >= STEPS - 1 and max(ratios) > 1
 
 
 @pytest.mark.slow

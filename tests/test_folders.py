@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 16, "head_dim": 8, "ffn_dim": 24}
 TINY = Config(vocab_size=64, seq_len=32, **SIZES)
-RUN = {"at": 1, "finished": True, "command": "pretrain", "options": {}}  # what each run says of itself
+RUN = {"at": 1, "finished": True, "command": "pretrain", "options": {}, "scale": 1.0, "good": 0, "skipped": 0}
 
 
 def make(seed=0, config=TINY):
@@ -585,17 +585,18 @@ def test_a_model_larger_than_the_memory_is_a_sentence(saved):
         load_model(saved)
 
 
-def test_weights_that_are_no_numbers_are_not_saved(saved):
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e12])
+def test_weights_that_are_no_numbers_are_not_saved(value, saved):
     net = make(1)
-    net.layers["0"].mlp.up_proj.weight.data[0, 0] = math.nan
-    with pytest.raises(UserError, match="no numbers"):
+    net.layers["0"].mlp.up_proj.weight.data[0, 0] = value
+    with pytest.raises(UserError, match="no sane numbers"):
         save_checkpoint(saved, net, saved / "tokenizer.json")
     assert same(load_model(saved), make())
 
 
 @pytest.mark.parametrize("key", RUN)
 def test_a_state_that_says_nothing_of_its_run_is_a_sentence(key, saved):
-    for value in (None, [], 1.5, "x" if key != "command" else 7):
+    for value in (None, [], {"a": 1} if key != "options" else 1, "x" if key != "command" else 7):
         save_checkpoint(saved, make(), saved / "tokenizer.json", state=({}, RUN | {key: value}))
         with pytest.raises(UserError, match=key):
             load_state(saved)

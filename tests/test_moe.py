@@ -3,6 +3,7 @@
 import doctest
 import json
 import math
+import shutil
 
 from conftest import call, refusal, records
 
@@ -14,6 +15,8 @@ from model import AUX, PRESETS, Config, Family, Transformer, UserError
 import numpy as np
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "head_dim": 16, "ffn_dim": 48}
 SMALL = Config(vocab_size=64, seq_len=32, **SIZES)
@@ -273,7 +276,25 @@ def test_capacity_acts_in_training_only_and_is_causal():
     torch.testing.assert_close(tight.train()(changed)[0][:, :8], z[:, :8])  # later tokens take nobody's place
 
 
+def test_room_by_hand():
+    """Each of 2 experts takes ceil(capacity * A * T / E) choices of a sequence, and no other sequence counts."""
+    one = torch.tensor([[[0], [0], [0]]])
+    assert moe.within_capacity(one, 2, 1.0).flatten().tolist() == [True, True, False]  # ceil(1.5)
+    assert moe.within_capacity(one, 2, 2.0).all()
+    two = torch.tensor([[[0, 1], [0, 1], [0, 2], [0, 3]]])  # 2 of 4 experts: 2 choices of each
+    assert moe.within_capacity(two, 4, 1.0).tolist() == [[[True, True], [True, True], [False, True], [False, True]]]
+    both = torch.cat([one, one])
+    assert moe.within_capacity(both, 2, 1.0).tolist() == [[[True], [True], [False]]] * 2
+
+
 # --- Balance ---
+
+
+def test_z_loss_by_hand():
+    """ln(e^0 + e^0) = ln 2 and ln(e^1 + e^1) = 1 + ln 2, squared, on average (2202.08906, eq. 5)."""
+    logits = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])
+    want = (math.log(2) ** 2 + (1 + math.log(2)) ** 2) / 2
+    assert moe.router_z_loss(logits).item() == pytest.approx(want, rel=1e-6)
 
 
 def test_balance_loss_equals_transformers_on_one_sequence():
@@ -350,13 +371,15 @@ def test_a_collapsed_router_comes_back(balance):
 
 def test_shift_bias_goes_against_the_load():
     aux = torch.zeros(2, len(AUX) + 4)
-    aux[:, len(AUX) :] = torch.tensor([0.7, 0.1, 0.1, 0.1])
+    aux[0, len(AUX) :] = torch.tensor([0.7, 0.1, 0.1, 0.1])
+    aux[1, len(AUX) :] = torch.tensor([1.0, 1.0, 1.0, 17.0])  # each layer by its own loads, in any scale
     for fields, step in (({"balance_rate": 0.5}, 0.5), ({}, 0.001), ({"balance": "loss"}, 0.0)):
         made = net(mixture(4, 1, router_bias=True, **{"balance": "bias", **fields}))
         before = [b.clone() for b in made.buffers()]
         moe.shift_bias(made, aux)
-        for a, b in zip(before, made.buffers(), strict=True):
-            torch.testing.assert_close(b - a, torch.tensor([-step, step, step, step]), atol=1e-7, rtol=0)
+        moved = [b - a for a, b in zip(before, made.buffers(), strict=True)]
+        torch.testing.assert_close(moved[0], torch.tensor([-step, step, step, step]), atol=1e-7, rtol=0)
+        torch.testing.assert_close(moved[1], torch.tensor([step, step, step, -step]), atol=1e-7, rtol=0)
 
 
 # --- In the model ---
@@ -414,6 +437,11 @@ def test_the_record_says_what_the_router_did():
     assert record["load_max"] == pytest.approx(max(record["load"][0]) / 0.5, abs=1e-2)
     assert 0 < record["router_entropy"] <= 1 and record["dropped"] == 0
     assert record["aux_loss"] == pytest.approx(0.01 * record["balance_loss"], rel=1e-4)
+    config = mixture()  # of two layers with experts: what they add to the loss is added up, the rest averaged
+    aux = net(config).train()(ids(config))[1].detach()
+    record = moe.routing_record(aux, config)
+    assert record["aux_loss"] == pytest.approx(aux[:, 0].sum().item(), rel=1e-5)
+    assert record["z_loss"] == pytest.approx(aux[:, AUX.index("z_loss")].mean().item(), rel=1e-5)
     bars = moe.load_bars([[0.5, 0.5, 1.0, 0.0]]).splitlines()[1]
     assert "│▄▄█ │ 2.00" in bars
 
@@ -462,6 +490,10 @@ def test_what_experts_learned_is_told_from_chance():
     table, bits = moe.specialization(by_class, classes, 4)
     assert bits > 0.8 and table[0, 0] == pytest.approx(0.5) and table[0, 2] == 0
     assert moe.specialization(anyhow, classes, 4)[1] < 0.01
+    chosen, by_hand = np.array([[0], [0], [0], [1]]), np.array([0, 0, 0, 1])
+    table, bits = moe.specialization(chosen, by_hand, 2)  # the class says the expert: its entropy
+    assert bits == pytest.approx(0.75 * math.log2(4 / 3) + 0.25 * 2)
+    assert table[:2].tolist() == [[1, 0], [0, 1]]
 
 
 def test_a_planted_specialist_is_found(modules):
@@ -563,19 +595,61 @@ def test_upcycle_and_train_on(dense, modules, tmp_path):
     assert "--overwrite" in refusal(moe.upcycle, dense, mixed)
 
 
-def test_study_shows_and_writes_what_it_measures(trained, dense, modules, capsys):
+def test_study_shows_and_writes_what_it_measures(trained, dense, modules, tmp_path, capsys):
     result = call(moe.study, trained, "--data", modules, "--tokens", "2000", "--off-tokens", "256")
     shown = capsys.readouterr().err
     saved = json.loads((trained / "study.json").read_text())
-    assert saved["tokens"] == result["tokens"] >= 100
+    assert saved["tokens"] == result["tokens"] >= 32
     for layer in saved["layers"].values():
         assert len(layer["switched_off"]) == 4 and sum(layer["load"]) == pytest.approx(1, abs=1e-3)
-    assert "layer 1" in shown and "costliest" in shown and "1 e3" in shown
+    assert "layer 1" in shown and "costliest off" in shown and "... if shuffled" in shown
     model.load_model(trained)  # the folder is a checkpoint as before
     call(moe.study, trained, "--data", modules, "--tokens", "500", "--off-tokens", "0")
     assert "costliest" not in capsys.readouterr().err
     assert "dense model" in refusal(moe.study, dense, "--data", modules)
+    prose = shutil.copytree(modules, tmp_path / "prose")
+    ids = np.fromfile(prose / "val.bin", "<u2")
+    ids[ids != ids[-1]] = model.load_tokenizer(modules).encode("(")[0]
+    ids.tofile(prose / "val.bin")
+    assert "holds no Python" in refusal(moe.study, trained, "--data", prose)
     assert "tokenize.py prepare" in refusal(moe.study, trained, "--data", "nowhere")
+
+
+def test_data_of_another_tokenizer(trained, dense, data, tmp_path):
+    """Its ids would be other texts, or none at all: refused in a study, not compared on by upcycle."""
+    assert "different tokenizers" in refusal(moe.study, trained, "--data", data)
+    assert call(moe.upcycle, dense, tmp_path / "mixed", "--data", data) == {}
+    assert model.load_config(tmp_path / "mixed").n_expert == 8
+
+
+RANGES = [(moe.upcycle, "--n-expert", (0, -1, "nan")), (moe.upcycle, "--n-expert-active", (0, -1)),
+          (moe.study, "--tokens", (0, -5)), (moe.study, "--off-tokens", (-1, "inf")),
+          (moe.speed, "--tokens", (0, -1, 2**21, 10**12)), (moe.speed, "--rounds", (0, -3)),
+          (moe.speed, "--n-expert", (0, -1)), (moe.speed, "--n-expert-active", (0, -1))]
+
+
+@pytest.mark.parametrize("function, option, values", RANGES)
+def test_numbers_out_of_range_are_refused(function, option, values, tmp_path):
+    folders = {moe.upcycle: [tmp_path / "a", tmp_path / "b"], moe.study: [tmp_path / "a"], moe.speed: []}
+    for value in values:
+        if isinstance(value, int):
+            assert refusal(function, *folders[function], option, value).startswith(f"{option} is {value}; ")
+        else:  # of another type: a usage error
+            app = typer.Typer()
+            app.command()(function)
+            result = CliRunner().invoke(app, [*map(str, folders[function]), option, str(value)])
+            assert result.exit_code == 2 and option in result.output
+
+
+def test_more_experts_than_memory_or_than_a_token_can_reach(dense, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(model.os, "sysconf", lambda name: 512)  # pages of 512 bytes, 512 of them
+        assert "GiB" in refusal(moe.upcycle, dense, tmp_path / "no", "--n-expert", 100)
+        assert "GiB" in refusal(moe.speed, "--preset", "llama-2-70b")
+    assert "n_expert is" in refusal(moe.upcycle, dense, tmp_path / "no", "--n-expert", 10**9)
+    assert "cannot go to 5" in refusal(moe.upcycle, dense, tmp_path / "no", "--n-expert", 4, "--n-expert-active", 5)
+    assert "cannot go to 9" in refusal(moe.speed, "--preset", "nano", "--n-expert-active", 9)
+    assert not (tmp_path / "no").exists()
 
 
 def test_speed_times_every_form():

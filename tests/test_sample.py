@@ -13,14 +13,14 @@ from model import (
     Config, Transformer, UserError, generate, load_model, load_tokenizer, render, round_up, save_checkpoint,
 )
 
+import model
 import pytest
 import torch
-from conftest import ROOT, command
+from conftest import ROOT, command, refusal
+from safetensors.torch import load_file, save_file
 
 import sample as sampling
-from sample import (
-    Reader, draw, fill, keep_top_k, keep_top_p, newest_checkpoint, pieces, sample, stream, temper, write,
-)
+from sample import Reader, draw, fill, keep_top_k, keep_top_p, newest_checkpoint, pieces, sample, stream, write
 
 PROMPT = "def größe(x): 日本"
 
@@ -69,7 +69,7 @@ def go(folder, **options):
 
 def run(capsys, folder, **options):
     """Run the command -> its JSON lines."""
-    go(folder, **{"max_new_tokens": 30, "seed": 0, "as_json": True} | options)
+    go(folder, **{"max_new_tokens": 30, "seed": 0, "json": True} | options)
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
@@ -86,12 +86,14 @@ def test_worked_examples():
 
 
 def test_temperature():
-    logits = torch.tensor([[1.0, 2.0, 4.0]])
+    logits = torch.tensor([1.0, 2.0, 4.0])
     for t in (0.5, 1.0, 2.0):
-        torch.testing.assert_close(temper(logits, t).softmax(-1), (logits / t).softmax(-1))
-    for t in (1e-40, 1e-10, 1e30):  # no overflow at either end
-        assert torch.isfinite(temper(logits, t).softmax(-1)).all()
-    assert temper(logits, 1e-10).softmax(-1).tolist() == [[0, 0, 1]]
+        ids = sample(logits.expand(40_000, 3), t, generator=torch.Generator().manual_seed(0))
+        share = torch.bincount(ids, minlength=3) / len(ids)
+        assert (share - (logits / t).softmax(-1)).abs().max() < 0.01
+    many = logits.expand(500, 3)
+    assert set(sample(many, 1e-40).tolist()) == set(sample(many, 1e-10).tolist()) == {2}  # no overflow
+    assert set(sample(many, 1e30).tolist()) == {0, 1, 2}
 
 
 def test_top_k():
@@ -173,7 +175,7 @@ def test_stream_is_generate(vocab, tmp_path, changes):
 def ids_of(net, ids, pick, cached):
     if cached is None:
         return generate(net, [ids], 40, pick)[0]
-    reader = Reader(net, len(ids) + 40, cached)
+    reader = Reader(net, cached)
     return list(stream(reader, reader.read(torch.tensor([ids])), 40, pick))
 
 
@@ -182,8 +184,8 @@ def test_the_cache_reads_each_token_once(folder):
     net.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     for cached, want in ((True, [3, 1, 1, 1]), (False, [3, 4, 5, 6])):
         lengths.clear()
-        ids_of_4 = Reader(net, 7, cached)
-        assert len(list(stream(ids_of_4, ids_of_4.read(torch.tensor([[1, 2, 3]])), 4))) == 4
+        reader = Reader(net, cached)
+        assert len(list(stream(reader, reader.read(torch.tensor([[1, 2, 3]])), 4))) == 4
         assert lengths == want  # and nothing is read that nobody asks for
 
 
@@ -207,9 +209,16 @@ def test_never_half_a_character(vocab, capsys):
     assert capsys.readouterr().out == "b\n"
 
 
+def test_a_cache_that_grows_is_the_cache_that_was_large(vocab, tmp_path):
+    net = load_model(make(vocab, tmp_path / "a", tie=False, seq_len=1024))
+    want = generate(net, [[1, 2, 3]], 600)[0]
+    reader = Reader(net)
+    assert list(stream(reader, reader.read(torch.tensor([[1, 2, 3]])), 600)) == want
+
+
 def test_a_text_is_read_from_where_it_parts(folder):
     net, lengths = load_model(folder), []
-    reader = Reader(net, 16)
+    reader = Reader(net)
     net.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     texts = ([1, 2, 3], 3), ([1, 2, 3, 4, 5], 2), ([1, 2, 9], 1), ([1, 2, 9], 1), ([7, 2], 2), ([7], 1)
     for ids, read in texts:
@@ -302,7 +311,7 @@ def test_streams_to_standard_output(folder, capsys):
 def test_fill(vocab, tmp_path, capsys):
     tokenizer, folder = load_tokenizer(vocab), make(vocab, tmp_path / "masked", causal=False)
     net, mask = load_model(folder), tokenizer.special["<|mask|>"]
-    go(folder, fill="for <|mask|> in <|mask|>(<|mask|>):", as_json=True)
+    go(folder, fill="for <|mask|> in <|mask|>(<|mask|>):", json=True)
     facts = json.loads(capsys.readouterr().out)
     before, after = facts["ids"]["prompt"], facts["ids"]["filled"]
     gaps = [i for i, token in enumerate(before) if token == mask]
@@ -352,56 +361,225 @@ def test_chat(folder, monkeypatch, capsys):
     assert "say it shorter" in say("word " * 60 + "\n")[1]
 
 
-def test_chat_reads_each_turn_once(folder, monkeypatch, capsys):
-    """Two turns through the cache give what the whole conversation gives at once."""
-    net, tokenizer = load_model(folder), load_tokenizer(folder)
+def plan(net, *answers):
+    """Let a model's picks be these ids, one after the other -> pick, and what the model reads at a time."""
     reads = []
     net.register_forward_pre_hook(lambda _, args: reads.append(args[0][0].tolist()))
-    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n"))
-    def pick(logits):
-        return logits[:, :200].argmax(-1)  # no special token
+    left = [token for answer in answers for token in answer]
 
-    sampling.talk(net, tokenizer, 6, pick)
-    capsys.readouterr()
-    seen = sum(reads, [])
-    questions = [render(tokenizer, [{"role": "user", "content": c}], reply=True)[0] for c in "ab"]
-    end = [tokenizer.im_end_id, *tokenizer.encode("\n")]
-    first = generate(net, [questions[0]], 6, pick)[0]
-    second = [*questions[0], *first, *end, *questions[1]]
-    assert seen[: len(second)] == second
-    assert seen[len(second) :] == generate(net, [second], 6, pick)[0][:-1]
+    def pick(logits):
+        token = left.pop(0)
+        if token is None:
+            raise KeyboardInterrupt
+        return torch.tensor([token])
+
+    return pick, reads
+
+
+def conversation(tokenizer, *texts):
+    """Encode a conversation of these texts, the user's and the assistant's in turn, up to the next answer."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return render(tokenizer, messages, reply=True)[0]
+
+
+def test_chat_reads_each_turn_once(folder, monkeypatch, capsys):
+    """The second turn goes on from the cache, and the model reads what `render` makes of the conversation."""
+    net, tokenizer = load_model(folder), load_tokenizer(folder)
+    end = tokenizer.im_end_id
+    answers = [[*tokenizer.encode(text), end] for text in ("one x", "two")]
+    pick, reads = plan(net, *answers)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n"))
+    sampling.talk(net, tokenizer, 9, pick, {end})
+    assert capsys.readouterr().out == "one x\ntwo\n"
+    whole = [*conversation(tokenizer, "a", "one x", "b"), *answers[1][:-1]]
+    assert sum(reads, []) == whole  # each token once: the end of a turn is read with the next one
 
 
 def test_an_interrupted_answer_stays_in_the_conversation(folder, monkeypatch, capsys):
     net, tokenizer = load_model(folder), load_tokenizer(folder)
-    reads = []
-    net.register_forward_pre_hook(lambda _, args: reads.append(args[0][0].tolist()))
-
-    def pick(logits):
-        if len(reads) == 3:  # the question, and two tokens of the answer
-            raise KeyboardInterrupt
-        return logits[:, :200].argmax(-1)
-
+    cut = tokenizer.encode("or")
+    pick, reads = plan(net, [*cut, None], [tokenizer.im_end_id])
     monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n"))
-    sampling.talk(net, tokenizer, 6, pick)
-    assert capsys.readouterr().out.count("\n") >= 2
-    assert reads[3][:1] == [tokenizer.im_end_id] and len(reads) == 9  # ended, then the next
+    sampling.talk(net, tokenizer, 9, pick, {tokenizer.im_end_id})
+    assert capsys.readouterr().out == "or\n\n"
+    assert sum(reads, []) == conversation(tokenizer, "a", "or", "b")
+
+
+def test_a_message_that_cannot_be_encoded_ends_no_chat(folder, monkeypatch, capsys):
+    """One unknown character of a character tokenizer, say; the answers go on as if it had not been typed."""
+    tokenizer = load_tokenizer(folder)
+    real = tokenizer.encode
+
+    def encode(text, special=()):
+        model.check("é" not in text, "This tokenizer has no token for 'é'.")
+        return real(text, special)
+
+    monkeypatch.setattr(sampling, "load_tokenizer", lambda folder: tokenizer)
+    plain, _ = chat(monkeypatch, capsys, folder, "hi\n")
+    monkeypatch.setattr(tokenizer, "encode", encode)
+    out, err = chat(monkeypatch, capsys, folder, "caf\xe9\nhi\n")
+    assert out == plain and "no token for 'é'" in err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "latin-1"])
+def test_bytes_that_are_no_text_and_any_encoding_of_the_terminal(folder, encoding):
+    env = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "200"}
+    args = [sys.executable, str(ROOT / "sample.py"), folder, "--chat", "--max-new-tokens", "12", "--seed", "1"]
+    done = subprocess.run(args, input=b"caf\xe9 \x81\nhello\n", capture_output=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode("utf-8").count("\n") >= 2  # both were answered
+    assert (b"U+FFFD" in done.stderr) == (encoding != "latin-1")  # there every byte is a character
+
+
+# What Hugging Face folders say of ends, beginnings and tokens
+
+
+def say_in(folder, name, **facts):
+    """Write facts into a JSON file of a folder."""
+    path = folder / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | facts))
+
+
+@pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
+def test_every_one_of_several_ends_ends_a_text(where, vocab, tmp_path, capsys):
+    """generation_config.json wins, as in transformers."""
+    folder = make(vocab, tmp_path / "a", tie=False, eos_id=None)
+    hot = {"seed": 3, "temperature": 2.0, "prompt": "import"}
+    [facts] = run(capsys, folder, ignore_eos=True, **hot)
+    ids = facts["ids"]["continuation"]
+    places = [i for i in range(5, 30) if ids[i] not in ids[:i]][:2]
+    for place in places:
+        others = [i for i in range(256) if i not in ids][:3]
+        say_in(folder, "generation_config.json", eos_token_id=None)
+        say_in(folder, "config.json", eos_token_id=ids[2])
+        say_in(folder, where, eos_token_id=[*others, ids[place]])
+        [facts] = run(capsys, folder, **hot)
+        assert facts["finish_reason"] == "stop" and facts["ids"]["continuation"] == ids[: place + 1]
+
+
+def with_tokenizer(monkeypatch, folder, **facts):
+    """Let a folder's tokenizer say more than its file does."""
+    tokenizer = load_tokenizer(folder)
+    for name, value in facts.items():
+        monkeypatch.setattr(tokenizer, name, value, raising=False)
+    monkeypatch.setattr(sampling, "load_tokenizer", lambda folder: tokenizer)
+    return tokenizer
+
+
+def test_a_prompt_begins_as_the_tokenizer_says(folder, monkeypatch, capsys):
+    tokenizer = with_tokenizer(monkeypatch, folder, prefix=(7, 8), suffix=(9,))
+    [facts] = run(capsys, folder, prompt="import")
+    assert facts["ids"]["prompt"] == [7, 8, *tokenizer.encode("import")]
+    [facts] = run(capsys, folder)
+    assert facts["ids"]["prompt"] == [7, 8]
+    with_tokenizer(monkeypatch, folder, prefix=(), names={"bos_token": "<|im_start|>"})
+    [facts] = run(capsys, folder)
+    assert facts["ids"]["prompt"] == [tokenizer.im_start_id]  # a folder that only names what begins a text
+    with_tokenizer(monkeypatch, folder, prefix=(), names={}, eot_id=None)
+    with pytest.raises(UserError, match="no token to begin a document with"):
+        go(folder)
+
+
+def test_a_masked_text_stands_between_prefix_and_suffix(vocab, tmp_path, monkeypatch, capsys):
+    folder = make(vocab, tmp_path / "masked", causal=False)
+    tokenizer = with_tokenizer(monkeypatch, folder, prefix=(7,), suffix=(8, 9))
+    go(folder, fill="a <|mask|>", json=True)
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["ids"]["prompt"] == [7, *tokenizer.encode("a "), tokenizer.mask_id, 8, 9]
+
+
+def test_a_token_beyond_the_embedding_is_refused_where_it_is_used(vocab, tmp_path, monkeypatch, capsys):
+    """A token that was added later, as for padding, is in nobody's way until a text has it."""
+    folder = make(vocab, tmp_path / "a", tie=False, vocab_size=round_up(load_tokenizer(vocab).n_vocab))
+    [plain] = run(capsys, folder, prompt="import")
+    n = load_model(folder).config.vocab_size
+    tokenizer = load_tokenizer(folder)
+    grown = [*tokenizer.token_bytes, *[b"?"] * (n + 5 - tokenizer.n_vocab)]
+    facts = {"token_bytes": grown, "n_vocab": n + 5, "special": tokenizer.special | {"<new>": n + 4}}
+    with_tokenizer(monkeypatch, folder, **facts)
+    [again] = run(capsys, folder, prompt="import", top_k=1)
+    assert max(again["ids"]["continuation"]) < n and plain["ids"]["prompt"] == again["ids"]["prompt"]
+    with_tokenizer(monkeypatch, folder, prefix=(n + 4,), **facts)
+    with pytest.raises(UserError, match=f"a token of id {n + 4}, and the model knows {n} ids"):
+        go(folder, prompt="import")
+
+
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}Be brief.<|im_end|>{% endif %}{% for message in messages %}"
+    "[{{ message['role'] }}] {{ message['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def test_a_chat_speaks_by_the_template_of_its_folder(vocab, tmp_path, monkeypatch, capsys):
+    """With its own system prompt, once and at the beginning, however long the conversation."""
+    folder = make(vocab, tmp_path / "a", tie=False, seq_len=256)
+    say_in(folder, "tokenizer_config.json", chat_template=TEMPLATE)
+    net, tokenizer = load_model(folder), load_tokenizer(folder)
+    end = tokenizer.im_end_id
+    pick, reads = plan(net, [*tokenizer.encode("one"), end], [*tokenizer.encode("two"), end])
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n"))
+    sampling.talk(net, tokenizer, 9, pick, {end})
+    assert capsys.readouterr().out == "one\ntwo\n"
+    text = "Be brief.<|im_end|>[user] a<|im_end|>[assistant] one<|im_end|>[user] b<|im_end|>[assistant] two"
+    assert tokenizer.decode(sum(reads, [])) == text
+    say_in(folder, "tokenizer_config.json", chat_template="{{ raise_exception('no chat') }}")
+    with pytest.raises(UserError, match="template"):
+        go(folder, chat=True)
+
+
+def test_a_chat_without_conversations_is_refused_at_once(folder, monkeypatch):
+    with_tokenizer(monkeypatch, folder, im_start_id=None)
+    monkeypatch.setattr(sampling, "load_model", lambda *args: pytest.fail("it was loaded first"))
+    with pytest.raises(UserError, match="not made for conversations"):
+        go(folder, chat=True)
 
 
 # --- what cannot be ---
+
+NUMBERS = {"max-new-tokens": 1, "num-samples": 1, "top-k": 1, "top-p": 0, "temperature": 0, "seed": 0}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_out_of_range_are_a_sentence(name):
+    wrong = [NUMBERS[name] - 1, -(10**9), 10**12]
+    wrong += ["nan", "inf", -0.001] if name in ("top-p", "temperature") else []
+    for value in wrong:
+        assert refusal(sampling.cli, f"--{name}", value).startswith(f"--{name} is ")
+
+
+def test_as_many_tokens_as_can_be_asked_for_need_no_memory_in_advance(folder, monkeypatch, capsys):
+    with_tokenizer(monkeypatch, folder, eot_id=None)
+    monkeypatch.setattr(sampling, "picker", lambda *args: lambda logits: torch.tensor([ends.pop()]))
+    ends = [load_model(folder).config.eos_id, 1, 2]
+    [facts] = run(capsys, folder, prompt="a", max_new_tokens=2**31 - 1)
+    assert facts["ids"]["continuation"][:2] == [2, 1] and facts["finish_reason"] == "stop"
+
+
+MODES = {
+    "fill": dict(prompt="a", max_new_tokens=3, num_samples=2, ignore_eos=True, no_cache=True, temperature=1.0,
+                 top_k=5, top_p=0.5, seed=1),
+    "chat": dict(prompt="a", fill="<|mask|>", num_samples=2, ignore_eos=True, no_cache=True, json=True),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_option_that_does_nothing_is_refused(mode):
+    on = {"fill": "a <|mask|>", "chat": True}[mode]
+    for name, value in MODES[mode].items():
+        with pytest.raises(UserError, match=f"^--{mode} has no use for .*--{name.replace('_', '-')}"):
+            sampling.Options(**{mode: on, name: value})
+    rest = {"dtype": "fp32", "device": "cpu"}
+    rest |= {"temperature": 0.0, "top_k": 2, "seed": 1, "max_new_tokens": 5} if mode == "chat" else {"json": True}
+    sampling.Options(**{mode: on, **rest})
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(top_p=0.0), "--top-p"), (dict(top_p=1.1), "--top-p"), (dict(top_k=0), "--top-k"),
-        (dict(temperature=-1.0), "--temperature"), (dict(temperature=float("nan")), "--temperature"),
-        (dict(max_new_tokens=0), "--max-new-tokens"), (dict(num_samples=0), "--num-samples"),
-        (dict(seed=-1), "--seed"),
         (dict(dtype="fp8"), "--dtype"), (dict(device="abacus"), "abacus"),
         (dict(fill="a <|mask|>"), "no masked model"), (dict(folder="nowhere"), "no checkpoint"),
-        (dict(prompt="\udcff"), "UTF-8"), (dict(chat=True, as_json=True), "--chat"),
-        (dict(fill="a <|mask|>", prompt="a"), "leave out --prompt"),
+        (dict(prompt="\udcff"), "UTF-8"),
     ],
 )
 def test_bad_input(folder, options, words):
@@ -419,10 +597,17 @@ def test_bad_folders(vocab, tmp_path, capsys):
     save_checkpoint(tmp_path / "small", small, vocab)
     with pytest.raises(UserError, match="another model's"):
         go(tmp_path / "small")
-    net.norm.weight.data[:] = torch.nan
-    save_checkpoint(tmp_path / "a", net, vocab)
+
+
+@pytest.mark.parametrize("mode", [dict(prompt="a"), dict(chat=True), dict(fill="a <|mask|>")], ids=str)
+def test_weights_that_are_no_numbers_are_said(mode, vocab, tmp_path, monkeypatch):
+    folder = make(vocab, tmp_path / "a", causal="fill" not in mode)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][:] = torch.nan
+    save_file(weights, folder / "model.safetensors")
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
     with pytest.raises(UserError, match="NaN"):
-        go(tmp_path / "a")
+        go(folder, **mode)
 
 
 def test_as_a_command(folder, tmp_path):

@@ -78,6 +78,9 @@ def weights(folder):
     return (Path(folder) / "model.safetensors").read_bytes()
 
 
+REPORT = train.report
+
+
 class Kill(BaseException):
     """Stands for a kill: nothing catches it."""
 
@@ -110,12 +113,6 @@ def test_schedule():
     assert model.lr_at(99, 100, 10, "constant") == 1.0
 
 
-def test_batch_ramp():
-    sizes = [model.windows_at(s, 64, 10, world=4) for s in range(12)]
-    assert sizes[0] == 8 and sizes[10:] == [64, 64] and sizes == sorted(sizes)
-    assert all(s % 4 == 0 for s in sizes)
-
-
 def test_masking_is_berts():
     x = torch.randint(0, 50, (64, 512), generator=torch.Generator().manual_seed(0))
     inputs, targets = train.mask_tokens(x, 60, 50, [(0, i) for i in range(64)])
@@ -124,10 +121,20 @@ def test_masking_is_berts():
     assert torch.equal(inputs[~chosen], x[~chosen])
     assert chosen.float().mean().item() == pytest.approx(0.15, abs=0.01)
     assert (inputs[chosen] == 60).float().mean().item() == pytest.approx(0.8, abs=0.02)
+    assert set(inputs[chosen].tolist()) == {*range(50), 60}
     # a random token is the token itself once in 50 times
     assert (inputs[chosen] == x[chosen]).float().mean().item() == pytest.approx(0.1 + 0.1 / 50, abs=0.02)
     again = train.mask_tokens(x[5:6], 60, 50, [(0, 5)])
     assert torch.equal(again[0], inputs[5:6]) and torch.equal(again[1], targets[5:6])  # not of the batch
+
+
+def test_every_row_has_a_target():
+    """0.85^4 = 52 % of rows of four tokens would have none, and a step may hold nothing else."""
+    x = torch.arange(4).expand(200, 4)
+    _, targets = train.mask_tokens(x, 60, 50, [(0, i) for i in range(200)])
+    counts = (targets != IGNORE).sum(1)
+    assert counts.min() == 1 and (counts == 1).float().mean() > 0.8
+    assert set(targets[counts == 1].amax(1).tolist()) == {0, 1, 2, 3}  # any of them
 
 
 class Numbers:
@@ -142,7 +149,7 @@ class Numbers:
 
 
 def test_a_mixture_keeps_its_weights_and_each_source_its_order():
-    o = SimpleNamespace(seed=0, tokens_per_step=20, micro_batch=3, batch_ramp=0, doc_mask=False)
+    o = SimpleNamespace(seed=0, tokens_per_step=20, micro_batch=3, doc_mask=False)
     cpu = torch.device("cpu")
     sources = [Numbers(0), Numbers(1)]
     whole = Batches(sources, [3.0, 1.0], o, 2, cpu)
@@ -173,9 +180,10 @@ def test_noise_scale_of_a_known_noise():
     found = []
     for _ in range(200):
         batch = g + rng.normal(size=(k, d)) * math.sqrt(100 / d)
-        found.append([float(np.mean((batch**2).sum(1))), float((batch.mean(0) ** 2).sum())])
-    small, big = np.mean(found, 0)
-    assert train.noise_scale([small] * k, big) == pytest.approx(25, rel=0.1)
+        small, big = float(np.mean((batch**2).sum(1))), float((batch.mean(0) ** 2).sum())
+        found.append(train.noise_parts(small, big, k))
+    g2, trace = np.mean(found, 0)
+    assert g2 == pytest.approx(4, rel=0.1) and trace == pytest.approx(100, rel=0.03)
 
 
 # ---- a step ------------------------------------------------------------------------------------------------
@@ -209,6 +217,51 @@ def test_micro_batches_give_the_gradient_of_the_whole(data, tmp_path, monkeypatc
             assert (a - b).norm() <= 1e-5 * b.norm()
 
 
+def noise_of(data, out, **changes) -> list[dict]:
+    """Train with --noise-scale -> what the evaluations say of it."""
+    sizes = {"dtype": "fp32", "noise_scale": True, "overwrite": True, "eval_interval": 2, "max_steps": 4}
+    train.train(options(data, out, **sizes | changes))
+    names = ("critical_batch_tokens", "noise_steps")
+    return [{name: r.get(name) for name in names} for r in records(out) if "noise_steps" in r]
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_noise_scale_is_that_of_the_steps_gradients(data, tmp_path, objective):
+    """The gradient of each sequence of a step by itself, by autograd, gives the same figure."""
+    run = tmp_path / "run"
+    o = {"lr": 1e-9, "weight_decay": 0.0, "doc_mask": True, "micro_batch": 4, "objective": objective}
+    found = noise_of(data, run, **o)
+    assert [f["noise_steps"] for f in found] == [2, 2]  # those since the last evaluation
+    net = load_model(run).train()
+    params = list(net.parameters())
+    corrupt = train.Corrupt(0, data) if objective == "mlm" else None
+    source = [Tokens(data, "train")], [1.0], options(data, run, **o)
+    batches = Batches(*source, 32, torch.device("cpu"), change=corrupt)
+
+    def gradient(x, y, documents):
+        loss = net(x, y, doc_ids=documents)[0].sum() / (y != IGNORE).sum()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)]).double()
+
+    sums = np.zeros(2)
+    for step in range(2):
+        whole = [torch.cat(parts) for parts in zip(*batches.at(step)[0], strict=True)]
+        big = gradient(*whole).square().sum().item()
+        four = [gradient(*(part[i : i + 1] for part in whole)).square().sum().item() for i in range(4)]
+        small = sum(four) / 4
+        sums += [(8 * big - small) / 7, (small - big) * 8 / 7]
+    assert found[0]["critical_batch_tokens"] == pytest.approx(sums[1] / sums[0] * 32, rel=1e-3)
+
+
+def test_noise_scale_of_masked_models_of_one_sequence_at_a_time_and_of_too_few(data, tmp_path):
+    masked = {"objective": "mlm", "micro_batch": 1, "doc_mask": True, "lr": 1e-9, "weight_decay": 0.0}
+    half, full = (noise_of(data, tmp_path / d, dtype=d, **masked) for d in ("fp16", "fp32"))
+    for a, b in zip(half, full, strict=True):  # the loss scale of fp16 is taken out again
+        assert a["noise_steps"] == b["noise_steps"] == 2
+        assert a["critical_batch_tokens"] == pytest.approx(b["critical_batch_tokens"], rel=0.1)
+    with pytest.raises(UserError, match="two sequences"):
+        noise_of(data, tmp_path / "one", tokens_per_step=32)
+
+
 def test_recomputation_changes_no_gradient(data, tmp_path, monkeypatch):
     dropout = {"set": ["n_head=2", "dropout=0.2"]}
     whole = gradient(data, tmp_path / "run", monkeypatch, **dropout)
@@ -239,7 +292,7 @@ def poison(monkeypatch, steps) -> None:
 
 def test_nans_that_stay_stop_the_run_and_name_the_good_checkpoint(data, tmp_path, monkeypatch):
     poison(monkeypatch, set(range(4, 100)))
-    with pytest.raises(UserError, match="up to step 8.*holds step [46]"):
+    with pytest.raises(UserError, match="up to step 8.*holds step 2; begin anew"):
         train.train(options(data, tmp_path / "run", max_steps=50))
     assert all(p.isfinite().all() for p in load_model(tmp_path / "run").parameters())
 
@@ -280,7 +333,7 @@ RESUMES = {
     "bf16": {"dtype": "bf16"},
     "adamw, accumulation": {"optimizer": "adamw", "micro_batch": 3},
     "mlm, dropout": {"objective": "mlm", "set": ["n_head=2", "dropout=0.2"]},
-    "ramp, fp16": {"dtype": "fp16", "set": ["n_head=2", "batch_ramp=4"]},
+    "fp16, noise": {"dtype": "fp16", "noise_scale": True, "set": ["n_head=2", "dropout=0.2"]},
     "recompute, doc_mask, cosine": {"recompute": True, "doc_mask": True, "schedule": "cosine"},
     "experts, their bias": {"set": ["n_head=2", "n_expert=4", "balance=bias", "router=sigmoid"]},
 }
@@ -391,6 +444,71 @@ def test_two_ranks_give_what_one_gives(data, tmp_path):
     assert ends[0] == pytest.approx(ends[1], rel=1e-3)
 
 
+def test_a_masked_model_of_very_short_steps_trains(data, tmp_path):
+    sizes = {"objective": "mlm", "seq_len": 4, "tokens_per_step": 4, "max_steps": 20, "eval_interval": 50}
+    train.train(options(data, tmp_path / "run", **sizes))
+    assert saved_state(tmp_path / "run")["skipped"] == 0
+
+
+def test_a_masked_model_needs_a_mask_token(data, tmp_path):
+    bare = shutil.copytree(data, tmp_path / "bare")
+    spec = json.loads((bare / "tokenizer.json").read_text())
+    (bare / "tokenizer.json").write_text(json.dumps(spec).replace("<|mask|>", "<|other|>"))
+    words = refusal(COMMAND, *flags(bare, tmp_path / "run", objective="mlm"))
+    assert "needs a tokenizer with a <|mask|> token" in words and str(bare) in words
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_documents_are_masked_in_every_evaluation(data, tmp_path, monkeypatch, objective):
+    """What is logged is the loss of the model as it was trained: a token sees its own document only."""
+    seen = []
+    real = model.Transformer.forward
+
+    def forward(self, x, *args, doc_ids=None, **kw):
+        seen.append(doc_ids is not None and torch.equal(doc_ids, Tokens(data, "val").documents(x)) or self.training)
+        return real(self, x, *args, doc_ids=doc_ids, **kw)
+
+    monkeypatch.setattr(model.Transformer, "forward", forward)
+    train.train(options(data, tmp_path / "run", objective=objective, doc_mask=True, dtype="fp32"))
+    if objective == "clm":
+        assert all(seen) and len(seen) > 6
+        losses = {mask: model.evaluate(load_model(tmp_path / "run"), Tokens(data, "val"), 32, doc_mask=mask)
+                  for mask in (True, False)}
+        logged = records(tmp_path / "run")[-1]["val_loss"]
+        assert logged == pytest.approx(losses[True]["val_loss"], rel=1e-5)
+        assert abs(logged - losses[False]["val_loss"]) > 1e-3
+    else:  # masked inputs hide some ends of documents, so the ids do not tell: the loss does
+        logged = records(tmp_path / "run")[-1]["val_loss"]
+        net, tokens = load_model(tmp_path / "run"), Tokens(data, "val")
+        for mask in (True, False):
+            again = train.evaluate_masked(net, tokens, 32, 8, None, train.Corrupt(0, data), mask)["val_loss"]
+            assert (again == pytest.approx(logged, rel=1e-5)) == mask
+
+
+def test_masked_evaluation_by_hand(data):
+    """Windows in order, masked by their own text; of the last one only what the text still has."""
+    sizes = {"n_layer": 1, "n_head": 2, "n_kv_head": 2, "n_embd": 32, "head_dim": 16, "ffn_dim": 48}
+    corrupt, tokens = train.Corrupt(0, data), Tokens(data, "val")
+    net = model.Transformer(model.Config(vocab_size=128, causal=False, **sizes)).init_weights(1)
+    T, nats, right, count = 32, 0.0, 0, 0
+    assert (tokens.n - 1) % T
+    for start in range(0, tokens.n - 1, T):
+        x = torch.from_numpy(tokens.read(start, T).astype(np.int64))[None]
+        seed = ("val", x[0].numpy().tobytes())
+        inputs, targets = train.mask_tokens(x, corrupt.mask_id, corrupt.n_vocab, [seed])
+        targets[:, tokens.n - 1 - start :] = IGNORE
+        with torch.no_grad():
+            logits = net(inputs)[0].float()
+        chosen = targets != IGNORE
+        nats += torch.nn.functional.cross_entropy(logits[chosen], targets[chosen], reduction="sum").item()
+        right += (logits[chosen].argmax(-1) == targets[chosen]).sum().item()
+        count += int(chosen.sum())
+    found = train.evaluate_masked(net, tokens, T, 5, None, corrupt, False)
+    want = {"val_loss": nats / count, "val_acc": right / count, "val_tokens": count}
+    assert found == pytest.approx(want, rel=1e-5)
+
+
 def test_masked_model_learns_and_is_saved_as_our_own_class(data, tmp_path):
     result = train.train(options(data, tmp_path / "mlm", objective="mlm", max_steps=60, lr=1e-2))
     first = records(tmp_path / "mlm")[0]["loss"]
@@ -399,19 +517,105 @@ def test_masked_model_learns_and_is_saved_as_our_own_class(data, tmp_path):
     assert not load_model(tmp_path / "mlm").config.causal
 
 
-def test_target_and_patience(data, tmp_path):
+def test_a_target_ends_a_run_and_all_of_the_text_is_evaluated(data, tmp_path):
+    result = train.train(options(data, tmp_path / "run", target_loss=10.0))
+    assert saved_state(tmp_path / "run")["at"] == TINY["eval_interval"]  # the first evaluation
+    assert result["val_tokens"] == Tokens(data, "val").n - 1
+
+
+def losses_by_step(monkeypatch, part, whole=9.0) -> None:
+    """Let the evaluations over a part of the text find these losses, and those over all of it another."""
+    left = iter(part)
+
+    def assess(o, model, val, weights, corrupt, limit):
+        return {"val_loss": next(left) if limit else whole, "val_tokens": limit or 1000}
+
+    monkeypatch.setattr(train, "assess", assess)
+
+
+PATIENT = {"eval_interval": 1, "patience": 2, "lr": 1e-2, "dtype": "fp32"}
+
+
+def best_of(run) -> dict:
+    return json.loads(Path(f"{run}-best", "best.json").read_text())
+
+
+def test_patience_keeps_the_best_and_stops(data, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    train.train(options(data, run, target_loss=10.0))
-    assert saved_state(run)["at"] == TINY["eval_interval"]  # the first evaluation
-    run = tmp_path / "stop"
-    train.train(options(data, run, lr=1.0, max_steps=300, eval_interval=1, patience=2))
-    assert saved_state(run)["at"] < 300
-    values = [r["val_loss"] for r in records(run) if "val_loss" in r]
-    assert min(values[-2:]) >= min(values[:-2])  # two evaluations without a better one
-    best = load_model(f"{run}-best")
-    best.compute_dtype = model.pick_dtype("auto", torch.device("cpu"))
-    loss = model.evaluate(best, Tokens(data, "val"), 32, 8, TINY["eval_tokens"])["val_loss"]
-    assert loss == pytest.approx(min(values), abs=1e-3)
+    losses_by_step(monkeypatch, [3.0, 2.0, 2.0, 2.5, 1.0])
+    result = train.train(options(data, run, **PATIENT))
+    assert saved_state(run)["at"] == 4 and best_of(run)["val_loss"] == 2.0
+    assert "the best is in" in result["stop"] and result["val_loss"] == 9.0  # and all of the text at the end
+    short = train.train(options(data, tmp_path / "two", **PATIENT | {"patience": None, "max_steps": 2}))
+    assert "stop" not in short
+    assert weights(f"{run}-best") == weights(tmp_path / "two") != weights(run)
+
+
+@pytest.mark.parametrize("last, best", [(1.5, 1.5), (2.5, 2.0)], ids=["better", "worse"])
+def test_the_last_evaluation_is_judged_like_the_others(data, tmp_path, monkeypatch, last, best):
+    """Over the same part of the text: over all of it the loss is another (here 0.5, which is no better)."""
+    run = tmp_path / "run"
+    losses_by_step(monkeypatch, [3.0, 2.0, last], whole=0.5)
+    result = train.train(options(data, run, max_steps=3, **PATIENT))
+    assert result["val_loss"] == 0.5 and best_of(run)["val_loss"] == best
+    assert (weights(f"{run}-best") == weights(run)) == (last == best)
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(data, tmp_path, monkeypatch):
+    losses_by_step(monkeypatch, [math.nan, 2.0, math.nan, 1.0, 1.5, 1.5])
+    train.train(options(data, tmp_path / "run", **PATIENT))
+    assert best_of(tmp_path / "run")["val_loss"] == 1.0
+
+
+def test_patience_counts_on_after_resume(data, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        losses_by_step(patch, [2.0, 3.0])
+        kill_at(patch, 3)
+        with pytest.raises(Kill):
+            train.train(options(data, run, save_interval=1, **PATIENT))
+    losses_by_step(monkeypatch, [2.5, 1.0])
+    with pytest.raises(UserError, match="leave --eval-tokens at 512"):
+        train.train(resumed(train.Options, run, eval_tokens=256))
+    train.train(resumed(train.Options, run))
+    assert saved_state(run)["at"] == 3 and best_of(run)["val_loss"] == 2.0
+
+
+def test_out_best_of_another_is_refused_before_training(data, tmp_path, monkeypatch):
+    """Whatever OUT-best holds that this run did not write: another run, files of the user's, or a plain file."""
+    run = tmp_path / "run"
+    train.train(options(data, tmp_path / "other", max_steps=1))
+    best = Path(f"{run}-best")
+
+    def refused(o):
+        with pytest.raises(UserError, match="--patience keeps the best model in .*run-best.*not this run's"):
+            train.train(o)
+
+    shutil.copytree(tmp_path / "other", best)
+    before = {p: p.read_bytes() for p in best.rglob("*") if p.is_file()}
+    refused(options(data, run, **PATIENT))
+    refused(options(data, run, overwrite=True, **PATIENT))
+    assert not run.exists() and {p: p.read_bytes() for p in best.rglob("*") if p.is_file()} == before
+    train.train(options(data, run, **PATIENT | {"patience": None, "max_steps": 1}))
+    refused(resumed(train.Options, run, max_steps=3, patience=2))  # and where patience comes with --resume
+    refused(resumed(train.Options, run, max_steps=3, patience=2, overwrite=True))
+    shutil.rmtree(best)
+    best.mkdir()
+    (best / "thesis.txt").write_text("years of work")
+    refused(options(data, run, overwrite=True, **PATIENT))
+    shutil.rmtree(best)
+    best.write_text("a file")
+    refused(options(data, run, overwrite=True, **PATIENT))
+    best.unlink()
+    train.train(options(data, run, overwrite=True, **PATIENT | {"max_steps": 2}))
+    shutil.copytree(best, tmp_path / "kept")
+    train.train(resumed(train.Options, run, max_steps=4))  # its own
+    with pytest.raises(UserError, match="not this run's"):  # a new run of the same name
+        shutil.rmtree(run)
+        train.train(options(data, run, **PATIENT))
+    assert (tmp_path / "kept" / "best.json").read_text().startswith('{"run": ')
+    train.train(options(data, f"{run}/", overwrite=True, **PATIENT | {"max_steps": 2}))  # that of its name
+    assert not (run / "-best").exists()
 
 
 def test_dropout_acts_in_training_only(data, tmp_path, monkeypatch):
@@ -572,7 +776,6 @@ CHANGES = {  # option or setting -> (another value, what it changes: see `outcom
     "set": (["n_head=2", "n_kv_head=1"], "config"),
     "objective": ("mlm", "config"),
     "eval_tokens": (64, "val"),
-    "batch_ramp": (3, "loss"),
     "doc_mask": (True, "loss"),
     "noise_scale": (True, "noise"),
     "recompute": (True, "passes"),
@@ -611,7 +814,7 @@ def plain(data, tmp_path_factory):
 def test_every_option_and_setting_has_a_test():
     assert sorted([*CHANGES, *ELSEWHERE]) == sorted(FIELDS)
     assert all(name in globals() for name in ELSEWHERE.values())
-    assert len(DECLARED) <= 30 and SETTINGS == {"grad_clip", "min_lr", "weight_decay", "batch_ramp"}
+    assert len(DECLARED) <= 30 and SETTINGS == {"grad_clip", "min_lr", "weight_decay"}
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -656,6 +859,25 @@ def test_init_starts_from_a_folder(data, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_what_a_folder_says_is_kept_when_it_is_trained_on(data, tmp_path):
+    """Its chat template and its ends, through --init, OUT-best and --resume."""
+    free = {"n_layer": None, "n_embd": None, "seq_len": None, "set": []}
+    first = tmp_path / "first"
+    train.train(options(data, first, max_steps=1))
+    said = {"generation_config.json": {"eos_token_id": [3, 5], "top_k": 7},
+            "tokenizer_config.json": {"chat_template": "{{ messages }}", "eos_token": "a"}}
+    for name, content in said.items():
+        (first / name).write_text(json.dumps(content))
+    run = tmp_path / "second"
+    train.train(options(data, run, init=str(first), max_steps=2, patience=1, eval_interval=1, **free))
+    shutil.move(first, tmp_path / "elsewhere")
+    train.train(resumed(train.Options, run, max_steps=3, patience=None))
+    for folder in (run, f"{run}-best"):
+        for name, content in said.items():
+            assert json.loads(Path(folder, name).read_text()) == content
+        assert model.load_config(folder).eos_ids == {3, 5}
+
+
 def out_of_range():
     """List option and value for whatever its declaration forbids, and NaN and infinity for every number."""
     for name, kind in FIELDS.items():
@@ -675,7 +897,7 @@ def out_of_range():
 
 @pytest.mark.parametrize("name, value", out_of_range())
 def test_values_out_of_range_are_a_sentence(name, value):
-    with pytest.raises(UserError, match=rf"^--{name.replace('_', '-')} is .*(has to be|one of|not).*\.$"):
+    with pytest.raises(UserError, match=rf"^--(set {name}|{name.replace('_', '-')}) is .*(has to be|one of|not).*\.$"):
         train.Options(**{name: value})
 
 
@@ -690,7 +912,7 @@ BAD = [
     ({"tokens_per_step": 8}, "does not divide into sequences"),
     ({"seq_len": 500_000, "tokens_per_step": 500_000}, "lower --seq-len"),
     ({"data": ["nowhere"]}, "no data folder nowhere"),
-    ({"device": "tpu"}, "cannot be used here"),
+    ({"device": "tpu"}, "auto, cpu, cuda or mps"),
 ]
 
 
@@ -709,7 +931,7 @@ BAD_SETS = """
     norm_eps=NaN rope_theta=x rope_theta=0 rope_theta=Infinity qk_norm=maybe qk_norm=3 tie=no head=tail
     head=score causal=false vocab_size=3 eos_id=x head_dim=7 head_dim=x ffn_dim=0 n_layer=3 lr=0.1
     out=here grad_clip=abc grad_clip=-1 grad_clip=NaN grad_clip=nan grad_clip=null grad_clip=true min_lr=x
-    min_lr=-0.1 weight_decay=x weight_decay=-1 batch_ramp=x batch_ramp=1.5 batch_ramp=-1 fields_set={}
+    min_lr=-0.1 weight_decay=x weight_decay=-1 batch_ramp=4 fields_set={}
     command=x
 """.split()
 
@@ -752,7 +974,7 @@ def test_resume_on_the_command_line(data, tmp_path):
     before = weights(run)
     fixed = {"lr": 1e-2, "seed": 1, "optimizer": "adamw", "tokens_per_step": 512, "schedule": "wsd",
              "seq_len": 64, "n_layer": 3, "n_embd": 64, "preset": "micro", "objective": "mlm",
-             "data": "elsewhere", "dtype": "fp16", "warmup_steps": 3, "init": str(run), "doc_mask": True,
+             "dtype": "fp16", "warmup_steps": 3, "init": str(run), "doc_mask": True,
              "compile": "on"}
     for name, value in fixed.items():
         flag = f"--{name.replace('_', '-')}"
@@ -788,6 +1010,48 @@ def test_the_command_line(data, tmp_path):
     code, _, err = command("train.py", *args)
     assert code == 2 and err.startswith("error: ") and len(err.strip().splitlines()) == 1, err
     assert weights(tmp_path / "run") == before
+
+
+def test_names_in_brackets_are_shown_as_they_are(data, tmp_path, monkeypatch, capsys):
+    """Folders' names are no markup: neither [red] nor :-1: nor [/]."""
+    monkeypatch.setattr(train, "report", REPORT)
+    monkeypatch.setenv("COLUMNS", "300")
+    names = [tmp_path / name for name in ("a[red]", "b:-1:x", "c[/]")]
+    for name in names[:2]:
+        shutil.copytree(data, name)
+    train.train(options(names[0], names[2], data=[f"{name}:1" for name in names[:2]]))
+    shown = capsys.readouterr().err.replace("\n", "")
+    for name in (*names, "val_loss_a[red]", "val_loss_b:-1:x"):
+        assert str(name) in shown
+
+
+def test_a_curve_of_anything():
+    def log(*losses, val=()):
+        lines = [{"step": i + 1, "loss": loss} for i, loss in enumerate(losses)]
+        return lines + [{"step": len(losses), "val_loss": loss} for loss in val]
+
+    assert train.curve(log(3.0)) == ""
+    shown = train.curve(log(4.0, 2.0, val=[3.0]), width=9, height=3).splitlines()
+    assert shown[:3] == ["  4.00 │·", "  3.00 │        o", "  2.00 │        ·"]
+    for strange in (math.nan, math.inf, -math.inf):
+        assert "o val" in train.curve(log(3.0, strange, 2.0, val=[strange, 1.0]))
+        assert train.curve(log(strange, strange, val=[strange])) == ""
+    assert "o val" in train.curve(log(2.0, 2.0))  # a flat one
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_few_file_descriptors_are_no_traceback_after_training(data, tmp_path):
+    run = tmp_path / "run"
+    code = (f"import resource, sys; sys.path.insert(0, {str(Path(train.__file__).parent)!r}); import train, model\n"
+            "def cut(*args):\n"
+            "    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
+            "    return real(*args)\n"
+            "real, train.report = train.report, cut\n"
+            "model.run_app(lambda: train.train(train.Options(**%r)))")
+    sizes = TINY | {"data": [str(data)], "out": str(run), "max_steps": 1}
+    done = subprocess.run([sys.executable, "-c", code % sizes], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    load_model(run)
 
 
 def test_help_names_every_option_and_a_wrong_type_is_a_usage_error(monkeypatch):
