@@ -1267,7 +1267,7 @@ class Answer:
         return grade(rules, self.text, self.ended) if rules else {}
 
     @property
-    def good(self) -> bool | None:
+    def passes(self) -> bool | None:
         """Tell whether it passes all of its checks; None where there are none."""
         return all(self.grades.values()) if self.grades else None
 
@@ -1351,7 +1351,7 @@ class Reward:
               f"--reward {name} needs prompts that carry checks: `python align.py data` makes them.")
         if name in CHECKS:
             return [a.grades[name] for a in answers]
-        return [(sum(a.grades.values()) / len(CHECKS) + a.good) / 2 for a in answers]
+        return [(sum(a.grades.values()) / len(CHECKS) + a.passes) / 2 for a in answers]
 
     @torch.no_grad()
     def judge(self, model, tokenizer, answers: list[Answer]) -> list[float]:
@@ -1380,8 +1380,8 @@ class Play(Learner):
     rewards are all equal; of those that it learns from kl to the reference (nats a token), kl_answer
     and entropy (mean -log p); rollout_share, the time that answers and rewards took.
 
-    Healthy: reward and good rise together; kl and entropy change slowly; clip_fraction is some per cent.
-    Reward up with good or distinct down is hacking: raise --kl-coef.
+    Healthy: reward and passes rise together; kl and entropy change slowly; clip_fraction is some per cent.
+    Reward up with passes or distinct down is hacking: raise --kl-coef.
     """
 
     judged = 200
@@ -1662,7 +1662,7 @@ def mean_kl(policy, reference, mine: list[Answer], theirs: list[Answer]) -> list
 def features(answers: list[Answer]) -> dict[str, list]:
     """List what answers are like, by name: a number for each, or for each that its prompt has checks for."""
     texts = [a.text for a in answers]
-    found = {"good": [a.good for a in answers if a.grades]}
+    found = {"passes": [a.passes for a in answers if a.grades]}
     found["length"] = [len(a.ids) for a in answers]
     found["ended"] = [a.ended for a in answers]
     found["distinct"] = [text not in texts[:i] for i, text in enumerate(texts)]
@@ -1675,7 +1675,7 @@ def rate(answers: list[Answer]) -> dict:
     for task in sorted({a.task["task"] for a in checked}):
         some = [a for a in checked if a.task["task"] == task]
         held_out = " (held out)" if some[0].task["held_out"] else ""
-        rows[f"good: {task}{held_out}"] = row([a.good for a in some])
+        rows[f"passes: {task}{held_out}"] = row([a.passes for a in some])
     trained = [a for a in answers if not a.task["held_out"]] or answers
     rows |= {name: row(values) for name, values in features(trained).items()}
     checked = [a for a in trained if a.grades]
@@ -1714,10 +1714,10 @@ def assess(folder, tasks, against=None, reward=None, temperature=JUDGED_AT, seed
     if samples > 1:
         some = [groups[i] for i in trained]
         for k in (k for k in range(1, samples + 1) if k == samples or k.bit_count() == 1):
-            rows[f"pass@{k}"] = row([pass_at_k(samples, sum(a.good for a in group), k) for group in some])
+            rows[f"pass@{k}"] = row([pass_at_k(samples, sum(a.passes for a in group), k) for group in some])
         if reward:
             best = [group[int(np.argmax(judge(group)))] for group in some]
-            rows[f"good: best of {samples} by {by}"] = row([a.good for a in best])
+            rows[f"passes: best of {samples} by {by}"] = row([a.passes for a in best])
     if tokens:
         found = evaluate_text(model, tokens, model.config.seq_len, 16, 50_000)
         rows["bits per byte of the pretraining text"] = (found["val_bpb"], None, None, found["val_tokens"])
@@ -1814,8 +1814,8 @@ def pairs(
     for asked, group in zip(tasks, groups, strict=True):
         ended = [a for a in group if a.ended]
         cut += len(group) - len(ended)
-        good = dict.fromkeys(a.text for a in ended if a.good)
-        bad = dict.fromkeys(a.text for a in ended if not a.good)
+        good = dict.fromkeys(a.text for a in ended if a.passes)
+        bad = dict.fromkeys(a.text for a in ended if not a.passes)
         counts["with both" if good and bad else "all good" if good else "none good"] += 1
         for chosen, rejected in itertools.product(good, bad):
             record = {"prompt": asked["prompt"], "task": asked["task"]}
@@ -1875,7 +1875,7 @@ def evaluate(
     folder: Folder = "out/sft",
     against: Annotated[str | None, typer.Option(help="Folder to compare with: KL, win rate.")] = None,
     reward: Annotated[str | None, typer.Option(help="Reward model, with --against or --samples.")] = None,
-    prompts: Prompts = "data/instructions/val.jsonl",
+    prompts: Prompts = "data/instructions/test.jsonl",
     limit: Limit = 0,
     task: Task = None,
     text: Annotated[str | None, typer.Option("--data", help="Pretraining's text.")] = "data/python",

@@ -1106,7 +1106,7 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
 
 def check_memory(config: Config, device: torch.device, itemsize: float) -> None:
     """Refuse a model whose weights alone, at so many bytes each, are larger than the memory."""
-    need = config.matrix_params * itemsize
+    need = config.replace(n_expert_active=max(1, config.n_expert)).matrix_params * itemsize  # all experts
     if device.type == "cuda":
         have = torch.cuda.get_device_properties(device).total_memory
     elif hasattr(os, "sysconf"):
@@ -1521,7 +1521,7 @@ def lr_at(step: int, max_steps: int, warmup_steps: int, schedule="cosine", min_l
 
 # ---- Options: declared once, as the command's, the run's record, and what a test builds
 
-def opt(panel: str, help: str, *names: str, low=None, above=None, one_of=None, **more):
+def opt(panel: str, help: str, *names: str, low=0, above=None, one_of=None, **more):
     """Declare an option with its range: Annotated[int, opt("Run", "Steps.", low=1)] = 6.
 
     The command line checks the range, and so does a dataclass of options, whoever builds it.
@@ -1531,7 +1531,8 @@ def opt(panel: str, help: str, *names: str, low=None, above=None, one_of=None, *
         check_range(param.opts[-1], value, option)
         return value
 
-    option = typer.Option(*names, help=help, rich_help_panel=panel or None, **{"callback": check_typed} | more)
+    more = {"callback": check_typed, "rich_help_panel": panel or None} | more
+    option = typer.Option(*names, help=help, **more)
     option.limits = (low, above, one_of)
     return option
 
@@ -1539,9 +1540,9 @@ def check_range(name: str, value, option) -> None:
     """Refuse what is below an option's range, not among its choices, or larger than makes sense anywhere."""
     low, above, one_of = option.limits
     if isinstance(value, (int, float)):
-        enough = value > above if above is not None else low is None or value >= low
-        words = f"above {above}" if above is not None else f"at least {low}" if low is not None else "a number"
-        check(enough and abs(value) < 2**31, f"{name} is {value}; it has to be {words} (and below 2^31).")
+        enough = value >= low if above is None else value > above
+        words = f"at least {low}" if above is None else f"above {above}"
+        check(enough and abs(value) < 2**31, f"{name} is {value}; it has to be {words}, and below 2^31.")
     if one_of and value is not None:
         check(value in one_of, f"{name} is one of {', '.join(one_of)}; not {value!r}.")
 
@@ -1551,7 +1552,7 @@ def restore(ctx: typer.Context, folder: str | None):
         ctx.default_map = saved_state(folder)["options"] | {"out": folder}
     return folder
 
-SETTING = opt("", "", low=0)  # of a field that is no option
+SETTING = opt("", "")  # of a field that is no option
 
 @dataclass
 class RunOptions:
@@ -1632,7 +1633,8 @@ def command(kind: type, main: Callable) -> Callable:
     """Make `main(o)` a typer command whose options are those of the dataclass `kind`."""
 
     def run(**values):
-        return main(resumed(kind, values["resume"], **values) if values["resume"] else kind(**values))
+        folder = values.get("resume")
+        return main(resumed(kind, folder, **values) if folder else kind(**values))
 
     parameters = inspect.signature(kind).parameters.values()
     run.__signature__ = inspect.Signature([p for p in parameters if hasattr(p.annotation, "__metadata__")])

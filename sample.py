@@ -15,7 +15,6 @@ Top-p: Holtzman et al. 2020 (1904.09751). Top-k: Fan et al. 2018 (1805.04833). G
 """
 
 import codecs
-import inspect
 import itertools
 import json
 import os
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Annotated
 
 from model import (  # before torch: it says how OpenMP's threads wait
-    Cache, Config, UserError, check, console, find_checkpoint, greedy, load_config, load_model,
+    Cache, Config, UserError, check, command, console, find_checkpoint, greedy, load_config, load_model,
     load_tokenizer, opt, pick_device, pick_dtype, render, run_app, say,
 )
 
@@ -380,12 +379,7 @@ def print_filled(model, tokenizer, ids: list[int], as_json: bool) -> None:
     facts = {"text": text, "ids": {"prompt": ids, "filled": whole}, "steps": steps}
     print(json.dumps(facts) if as_json else text, flush=True)
 
-def cli(**values) -> None:
-    main(Options(**values))
-
-cli.__signature__ = inspect.signature(Options)
-
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help=main.__doc__)(cli)
+    app.command()(command(Options, main))
     run_app(app)

@@ -133,14 +133,22 @@ def parse_json(data: bytes | str, name):
 # ---- Byte pair encoding ------------------------------------------------------------------------------------
 
 def get_pairs(ids, counts=None, weight=1) -> dict:
-    """Count the neighbours: get_pairs([1, 2, 3, 1, 2]) -> {(1, 2): 2, (2, 3): 1, (3, 1): 1}"""
+    """Count the neighbours.
+
+    >>> get_pairs([1, 2, 3, 1, 2])
+    {(1, 2): 2, (2, 3): 1, (3, 1): 1}
+    """
     counts = {} if counts is None else counts
     for pair in pairwise(ids):
         counts[pair] = counts.get(pair, 0) + weight
     return counts
 
 def merge(ids: list, pair: tuple, new: int) -> list:
-    """Replace a pair by one token, from left to right: merge([1, 2, 3, 1, 2], (1, 2), 4) -> [4, 3, 4]"""
+    """Replace a pair by one token, from left to right.
+
+    >>> merge([1, 2, 3, 1, 2], (1, 2), 4)
+    [4, 3, 4]
+    """
     out = []
     i = 0
     while i < len(ids):
@@ -756,6 +764,7 @@ def prepare(
     sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out
     from model import finish_save, save_files  # here, as it loads torch, and the other commands start fast
     check(0 < val_fraction < 1, f"--val-fraction {val_fraction} is not between 0 and 1")
+    check(0 <= seed < 2**31, f"--seed {seed} is out of range: it has to be 0 at least, and below 2^31")
     options = choose_tokenizer(tokenizer, algorithm, vocab_size, pattern)
     tok = Tokenizer.load(tokenizer) if tokenizer else None
     check(not tok or tok.eot_id is not None, f"{tokenizer} names no token to end a document with")
@@ -835,8 +844,8 @@ def choose_tokenizer(tokenizer: Path | None, algorithm, vocab_size, pattern) -> 
     if algorithm == "char" and len(options) > 1:
         say("--vocab-size and --pattern are for bpe alone: left out")
         return {"algorithm": algorithm}
-    small = options.get("vocab_size", LEAST_VOCAB) < LEAST_VOCAB
-    check(not small, f"--vocab-size {vocab_size} is too small: it has to be {LEAST_VOCAB} at least")
+    fits = LEAST_VOCAB <= options.get("vocab_size", LEAST_VOCAB) < 2**24
+    check(fits, f"--vocab-size {vocab_size} is out of range: at least {LEAST_VOCAB}, below 2^24")
     return {"tokenizer": tokenizer} if tokenizer else options
 
 def check_output(output: Path, ours: bool, free: bool, files: list):

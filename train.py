@@ -48,7 +48,7 @@ class Options(TrainOptions):
                                   one_of=("clm", "mlm"))] = "clm"
     eval_tokens: Annotated[int, opt("Run", "Validation tokens of an evaluation, 0: all; the last takes all.",
                                     low=0)] = 100_000
-    target_loss: Annotated[float | None, opt("Run", "Stop at the first evaluation at or below it.")] = None
+    target_loss: Annotated[float | None, opt("Run", "Stop when an evaluation reaches it.", low=0)] = None
     patience: Annotated[int | None, opt("Run", "Stop after so many evaluations without a better one; "
                                         "OUT-best keeps the best.", low=1)] = None
     noise_scale: Annotated[bool, opt("Run", "Measure the critical batch size; a step takes a little longer.",

@@ -233,8 +233,9 @@ def test_hostile_answers(tmp_path):
 
 def test_instructions_are_good_for_something(modules):
     """The author's answers pass, say more than the prompt, and no other place would do for a missing sign."""
-    made = align.instructions_of(str(modules), "train", 50, 10_000, 0)[0]
+    made, left_out = align.instructions_of(str(modules), "train", 50, 10_000, 0)
     assert {r["task"] for r in made} == set(align.TASKS)
+    assert left_out["with answers that fail the checks"] < 0.05 * len(made)
     for record in made:
         rules, answer = record["check"], record["messages"][1]["content"]
         assert all(grade(rules, answer, True).values()) and rules["answer"] == answer
@@ -823,8 +824,8 @@ def test_figures_that_nobody_measured_are_left_out(base, modules, tmp_path, caps
     assert found.keys() == {"length", "ended", "distinct", "bits per byte of the pretraining text"}
     tasks = align.load_prompts(path)
     checked = [answer({**tasks[0], "check": CHECK, "task": "body"}, x) for x in ("    return a + 1", "    pass")]
-    assert "good" not in align.summarize([[answer(tasks[0], "x")]]) and answer(tasks[0], "x").good is None
-    assert align.summarize([checked, [answer(tasks[0], "x")]])["good"] == 0.5
+    assert "passes" not in align.summarize([[answer(tasks[0], "x")]]) and answer(tasks[0], "x").passes is None
+    assert align.summarize([checked, [answer(tasks[0], "x")]])["passes"] == 0.5
 
 
 def test_a_mistake_is_a_sentence_and_exit_code_2():
@@ -847,7 +848,7 @@ def test_pairs_and_evaluate(stages, lines, tmp_path, modules, capsys):
     args += ("--data", modules)
     call(align.app, *args, "--reward", stages / "reward", "--json")
     found = json.loads(capsys.readouterr().out)
-    assert found["good"]["n"] == 4 and found["KL to the other, nats a token"]["value"] > 0
+    assert found["passes"]["n"] == 4 and found["KL to the other, nats a token"]["value"] > 0
     assert found["bits per byte of the pretraining text"]["value"] > 1 and 0 <= found["wins by the reward model"]["value"] <= 1
     call(align.app, *args)
     assert "95 % interval" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from typer.models import OptionInfo
 
 SENSELESS = {int: ["-1", "-99999999999999999999", "99999999999999999999"], float: ["nan", "inf", "-inf", "-1"]}
 # What has to be there before the numbers are looked at.
-NEEDED = {"train": ["x.txt", "--output", "y"], "prepare": ["x.txt", "--output", "y"]}
+NEEDED = {"tokenize train": ["--input", "x.txt", "--output", "y.json"], "tokenize prepare": ["x.txt", "--output", "y"]}
 
 
 def app_of(name: str) -> typer.Typer:
@@ -34,12 +34,12 @@ def app_of(name: str) -> typer.Typer:
 def numbers(function) -> dict[str, type]:
     """Find the options of a command that take a number."""
     found = {}
-    for name, parameter in inspect.signature(function).parameters.items():
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         declared = getattr(parameter.annotation, "__origin__", parameter.annotation)
         option = getattr(parameter.annotation, "__metadata__", [None])[0]
         if isinstance(option, OptionInfo):
             flag = max(option.param_decls or ["--" + name.replace("_", "-")], key=len)
-            found |= {flag: kind for kind in (int, float) if declared in (kind, kind | None)}
+            found |= {f: k for f, k in [(flag, int), (flag, float)] if declared in (k, k | None)}
     return found
 
 
@@ -60,7 +60,7 @@ def test_numbers_that_make_no_sense_are_refused(name, tmp_path, monkeypatch):
     app = app_of(name)
     top = app.registered_callback
     several = len(app.registered_commands) > 1 or top
-    commands = {c.callback.__name__.replace("_", "-"): c.callback for c in app.registered_commands}
+    commands = {c.name or c.callback.__name__: c.callback for c in app.registered_commands}
     commands |= {"": top.callback} if top else {}
     taken, tried = [], 0
     for command, function in commands.items():
@@ -68,7 +68,7 @@ def test_numbers_that_make_no_sense_are_refused(name, tmp_path, monkeypatch):
             for value in SENSELESS[kind]:
                 tried += 1
                 start = [command] if several and command else []
-                words = refuse(app, [*start, *NEEDED.get(command, []), f"{option}={value}"])
+                words = refuse(app, [*start, *NEEDED.get(f"{name} {command}", []), f"{option}={value}"])
                 field = option.strip("-").replace("-", "_")
                 if not any(w in words for w in (option, value, field)):
                     taken.append(f"{name}.py {command} {option}={value}: {words[:90]}")

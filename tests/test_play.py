@@ -402,10 +402,13 @@ def test_kills(name, base, lines, tmp_path):
 
 
 RANKS = """
+import os
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_play
 test_play.play_alike({base!r}, {out!r})
+sys.stderr.flush()
+os._exit(0)  # as model.run_app leaves: on Python's own way out gloo now and then aborts
 """
 
 
@@ -461,7 +464,7 @@ def test_what_is_logged(base, lines, judge, tmp_path):
     stage("ppo", base, lines, tmp_path / "o", reward=[f"{judge}:0.5", "checks", "parses:2"], kl_target=3)
     rows = records(tmp_path / "o")
     step = next(r for r in rows if "reward" in r)
-    assert {"reward", "reward_std", "good", "kl", "kl_answer", "kl_coef", "entropy", "length", "ended", "distinct", "flat", "clip_fraction",
+    assert {"reward", "reward_std", "passes", "kl", "kl_answer", "kl_coef", "entropy", "length", "ended", "distinct", "flat", "clip_fraction",
             "explained_variance", "rollout_share", "grad_norm", "value_loss", "policy_loss"} <= step.keys()  # fmt: skip
     coefs = [r["kl_coef"] for r in rows if "kl_coef" in r]
     assert coefs[0] == 0.005 and all(b < a for a, b in zip(coefs, coefs[1:], strict=False))  # near the reference: ever cheaper
@@ -523,7 +526,7 @@ def test_several_answers(base, lines, monkeypatch):
     found = {k: v[0] for k, v in align.assess(base, tasks, reward="judge", device="cpu", samples=4).items()}
     assert found["pass@1"] == pytest.approx((2 / 4 + 1 / 4) / 2) and found["pass@4"] == 1.0
     assert found["pass@2"] == pytest.approx((5 / 6 + 3 / 6) / 2) and "pass@3" not in found
-    assert found["good: best of 4 by the reward model"] == 0.5  # `pass`, and `return a * 2`
+    assert found["passes: best of 4 by the reward model"] == 0.5  # `pass`, and `return a * 2`
 
 
 def test_a_reward_that_is_no_number_is_refused(base, lines, judge, tmp_path):

@@ -26,7 +26,7 @@ TINY = {  # script and command -> options that make it small; those that are sho
     "sample.py": {"--max-new-tokens": "8"},
     "moe.py study": {"--tokens": "500", "--off-tokens": "128"},
     "moe.py speed": {"--tokens": "64", "--rounds": "1"},
-    "align.py data": {"--limit": "20", "--val-limit": "3", "--max-tokens": "128"},
+    "align.py data": {"--limit": "20", "--max-tokens": "128"},
     # an answer that a small model learns by heart in seconds: else none is good, and `pairs` has none to rank
     "align.py sft": {"--data": "data/easy.jsonl", "--val": "data/easy.jsonl", "--max-steps": "60",
                      "--lr": "1e-2", "--batch-size": "4", "--eval-interval": "60"},
@@ -132,7 +132,7 @@ def home(tmp_path_factory, text, modules):
     shown = "def f(a):"
     check = {"before": f"{shown}\n", "after": "", "shown": shown, "name": "f", "params": ["a"]}
     easy = {"prompt": shown, "instruction": shown, "input": "", "output": "    return a + 1", "task": "body"}
-    easy["check"] = check | {"task": "body"}
+    easy["check"] = check | {"task": "body", "answer": "    return a + 1", "known": []}
     (home / "data" / "easy.jsonl").write_text((json.dumps(easy) + "\n") * 8)
     return home
 

@@ -545,7 +545,7 @@ def test_numbers_out_of_range_are_a_sentence(name):
     wrong = [NUMBERS[name] - 1, -(10**9), 10**12]
     wrong += ["nan", "inf", -0.001] if name in ("top-p", "temperature") else []
     for value in wrong:
-        assert refusal(sampling.cli, f"--{name}", value).startswith(f"--{name} is ")
+        assert refusal(model.command(sampling.Options, sampling.main), f"--{name}", value).startswith(f"--{name} is ")
 
 
 def test_as_many_tokens_as_can_be_asked_for_need_no_memory_in_advance(folder, monkeypatch, capsys):

@@ -1083,7 +1083,7 @@ def test_bad_input_gets_a_sentence(tmp_path):
             ["prepare", "bad.jsonl", "--field", "body"],
             'line 1 of bad.jsonl is no JSON object with a text in "body"',
         ),
-        (["prepare", "good.txt", "--vocab-size", 267], "--vocab-size 267 is too small"),
+        (["prepare", "good.txt", "--vocab-size", 267], "--vocab-size 267 is out of range"),
         (["prepare", "good.txt", "--val-fraction", 1.5], "--val-fraction 1.5 is not between 0 and 1"),
         (["prepare", "good.txt", "--tokenizer", "gone.json"], "there is no tokenizer at gone.json"),
         (["prepare", "good.txt", "--tokenizer", "good.txt"], "good.txt is not a tokenizer.json"),
@@ -1092,7 +1092,7 @@ def test_bad_input_gets_a_sentence(tmp_path):
         (["train", "--input", "binary.txt", "--output", "t.json"], "binary.txt is binary"),
         (
             ["train", "--input", "good.txt", "--output", "t.json", "--vocab-size", 10],
-            "--vocab-size 10 is too small",
+            "--vocab-size 10 is out of range",
         ),
         (["decode", "--tokenizer", ".", "[1024]"], "token id 1024 is not in the vocabulary of 1024 ids"),
         (["decode", "--tokenizer", ".", "[1.5]"], "not a JSON list of whole numbers"),
