@@ -539,7 +539,8 @@ def saver(data, tmp_path, group):
     ranks = parallel.join_processes("cpu", 60)
     net, _, optimizer = parallel.open_model(o, Config(vocab_size=128, **sizes), Layout(), ranks)
     made = parallel.Saver(tmp_path / "out", net, optimizer, data / "tokenizer.json")
-    state = {"command": "pretrain", "finished": False, "options": {"optimizer": "adamw"}}
+    state = {"command": "pretrain", "finished": False, "options": {"optimizer": "adamw"}, "scale": 1.0, "good": 0,
+             "skipped": 0}
 
     def save(step):
         for p in parallel.named_weights(net).values():
