@@ -46,10 +46,11 @@ from pathlib import Path
 from typing import Annotated, ClassVar, NamedTuple
 
 from model import (  # before torch: it says how OpenMP's threads wait
-    DTYPES, Linear, Ranks, Run, RunOptions, Tokens, Transformer, UserError, barrier, build_optimizer, check,
-    clip_gradients, command, default_data, find_checkpoint, finish_save, generate, load_model,
-    load_state, load_tokenizer, open_run, opt, pick_device, pick_dtype, progress, rank_and_world, render,
-    run_app, save_checkpoint, save_files, say, seed_of, setup_distributed, sum_over_ranks, token_losses,
+    DTYPES, Linear, Ranks, Run, RunOptions, Tokens, Transformer, UserError, barrier, build_optimizer,
+    check, clip_gradients, command, default_data, find_checkpoint, finish_save, generate, load_config,
+    load_model, load_state, load_tokenizer, open_run, opt, pick_device, pick_dtype, progress,
+    rank_and_world, render, run_app, save_checkpoint, save_files, say, seed_of, setup_distributed,
+    sum_over_ranks, token_losses,
 )
 from model import evaluate as evaluate_text
 
@@ -329,7 +330,7 @@ def fits(node: ast.FunctionDef, params: list[str]) -> bool:
     return set(params) <= read and all(any(isinstance(n, VERBS[v]) for n in inside) for v in said)
 
 def words(text: str) -> set[str]:
-    """Split names and text into words of four letters or more, Python's own left out.
+    """Split names and text into words of four letters or more, Python's lower-case keywords left out.
 
     >>> sorted(words("def readLine(file_name): return ..."))
     ['file', 'line', 'name', 'read']
@@ -349,7 +350,8 @@ def agreement(answer: str, author: str, shown: str) -> float:
     return 2 * len(mine & theirs) / both if both else 1.0
 
 def likeness(answer: str, author: str) -> float:
-    """Compute chrF (Popovic 2015): the F-score, recall counting double, of runs of up to six letters.
+    """Compute chrF2 (Popovic 2015, 2016): the F-score, recall counting double, of runs of up to six
+    characters, white space left out.
 
     It is a second opinion of answers: nothing is trained on it.
 
@@ -755,11 +757,17 @@ def load_items(paths, tokenizer, T: int, ranked: bool) -> tuple[list[Item], Coun
         counts["ended with the user"] += talks[0][-1]["role"] != "assistant"
         while talks[0] and talks[0][-1]["role"] != "assistant":
             talks[0].pop()
-        examples = [make_example(tokenizer, talk, ranked) for talk in talks]
-        answers = [[*talk[:-1], talk[-1]["content"].strip()] for talk in talks if talk]
         if not any(m["role"] == "assistant" and m["content"].strip() for talk in talks for m in talk):
             counts["left out: no answer"] += 1
-        elif any(one == other for one, other in itertools.combinations(answers, 2)):
+            continue
+        try:
+            examples = [make_example(tokenizer, talk, ranked) for talk in talks]
+        except UserError as error:
+            check("template" in str(error), str(error))
+            counts["left out: not for this folder's chat template"] += 1
+            continue
+        answers = [[*talk[:-1], talk[-1]["content"].strip()] for talk in talks]
+        if any(one == other for one, other in itertools.combinations(answers, 2)):
             counts["left out: equal answers"] += 1
         elif max(len(e.ids) for e in examples) > T:
             counts["left out: longer than the context"] += 1
@@ -888,13 +896,14 @@ class PlayStage(Stage):
     clip: Annotated[float, opt("Loss", "How far from 1 a token's probability ratio may move.", above=0)] = 0.2
     clip_high: Annotated[float | None, opt("Loss", "The bound above (DAPO: 0.28).", above=0)] = None
     kl_coef: Annotated[float, opt("Loss", "Price of the KL to the reference; 0: none.", low=0)] = 0.02
-    passes: int = 1  # how often a step's answers are learned from
+    inner_epochs: int = 1  # how often a step's answers are learned from
     minibatches: int = 2  # updates of a pass
 
     def __post_init__(self):
         super().__post_init__()
         check(self.clip < 1, "--clip has to be below 1: it bounds a ratio from both sides.")
-        check(min(self.passes, self.minibatches) >= 1, "--set passes and minibatches have to be at least 1.")
+        least = min(self.inner_epochs, self.minibatches)
+        check(least >= 1, "--set inner_epochs and minibatches have to be at least 1.")
         answers = self.batch_size * self.samples
         check(1 < answers <= 10**6, "--batch-size times --samples is between 2 and a million.")
 
@@ -934,7 +943,7 @@ class Learner:
 
     loss(items)     {"loss" and other metrics: for each a tensor of any shape, to be added up over the step}
 
-    and may change the methods up to `step`.
+    and may change load, prompt_of, prepare, weight, step, open_model and judge.
     """
 
     head = "lm"
@@ -1004,7 +1013,8 @@ class Learner:
         """Load what to train on, and what to judge by: --val, val.jsonl beside --data, or a part of it."""
         o = self.o
         beside = Path(o.data[0]).parent / "val.jsonl"
-        paths = [o.val] if o.val else [str(beside)] if beside.exists() and str(beside) not in o.data else []
+        others = beside.exists() and beside.resolve() not in [Path(path).resolve() for path in o.data]
+        paths = [o.val] if o.val else [str(beside)] if others else []
         splits = []
         for some in filter(None, (o.data, paths)):
             items, counts = self.load(some)
@@ -1141,7 +1151,7 @@ def hold_out(items: list, prompt_of: Callable) -> tuple[list, list]:
     rest = [item for item, p in zip(items, prompts, strict=True) if p not in held]
     val = [item for item, p in zip(items, prompts, strict=True) if p in held]
     if not rest:
-        say("All items ask the same: they are trained on and judged by.")
+        say("All items ask the same, so the same ones are trained on and judge it.")
     return rest or val, val
 
 def batch_of(model, items: list[Item]) -> Batch:
@@ -1154,7 +1164,7 @@ def facts_of(items: list[Item], name: str, device="cpu"):
 def print_mask(o: Stage) -> None:
     """Print the first examples, the trained tokens in colour."""
     tokenizer = load_tokenizer(find_checkpoint(o.model))
-    items, _ = load_items(o.data, tokenizer, 10**9, METHODS[o.command].ranked)
+    items, _ = load_items(o.data, tokenizer, load_config(o.model).seq_len, METHODS[o.command].ranked)
     for example in (example for item in items[: o.show_mask] for example in item.examples):
         say("\n----", style="dim")
         for trained, group in itertools.groupby(zip(*example, strict=True), key=lambda pair: pair[1]):
@@ -1291,13 +1301,11 @@ def stop_ids(tokenizer, config) -> set[int]:
 
 def write_answers(model, tokenizer, tasks, samples=1, temperature=1.0, seed=0, max_new_tokens=None):
     """Answer each prompt `samples` times -> a list of Answers for each; an answer ends with the turn, with
-    the text, or where the context is full."""
+    the text, after max_new_tokens, or where the context is full."""
     if not tasks:
         return []
     T = model.config.seq_len
     prompts = [render(tokenizer, task["prompt"], reply=True)[0] for task in tasks]
-    longest = max(map(len, prompts))
-    check(longest < T, f"A prompt of {longest} tokens leaves no room for an answer: the context has {T}.")
     limits = [min(T - len(prompt), max_new_tokens or T) for prompt in prompts]
     stop = stop_ids(tokenizer, model.config)
     device = next(model.parameters()).device
@@ -1480,7 +1488,7 @@ class Play(Learner):
         if items:
             run.note(**distance(items), **self.credit(items))
         # 3. Updates
-        for turn in range(o.passes if items else 0):
+        for turn in range(o.inner_epochs if items else 0):
             order = np.random.default_rng([o.seed, step, turn]).permutation(len(items))
             for part in np.array_split(order, min(o.minibatches, len(items))):
                 self.update(run, lr, [items[i] for i in sorted(part)])
@@ -1491,7 +1499,8 @@ class GRPO(Play):
     """Give each token of an answer the advantage of the answer in its group: no critic.
 
     Loss: `clipped_loss` and kl_coef times `kl_estimate` (kl_loss), over tokens or answers as --normalize
-    says. By `sequence` it begins at zero, as advantages do: watch the reward, not the loss.
+    says. By `sequence` it begins at zero, as advantages do: watch the reward, not the loss. Groups whose
+    rewards are all equal are left out, with their KL; the mean is over the others.
     """
 
     flat_teaches = False
@@ -1521,7 +1530,8 @@ class PPO(Play):
 
     Details decide whether it works (Huang, Liu & von Werra 2023, "The N Implementation Details of RLHF with
     PPO"): log p is taken at the answers' temperature; the critic begins at zero, so that the first advantages
-    are the rewards; advantages are whitened over the step, rewards are not.
+    are the rewards that follow, less by lam a token. Unlike theirs, advantages are whitened over the step,
+    not over a minibatch, and rewards are not.
 
     Healthy besides: explained_variance of the returns by the critic rises from 0. Below: lower --lr.
     """
@@ -1613,14 +1623,14 @@ def summarize(groups: list[list[Answer]]) -> dict:
 def row(values) -> tuple[float, float, float, int]:
     """Average values -> (mean, its 95 % confidence interval, n).
 
-    Of rates it is Wilson's (1927), sensible at 0 and 1 too; else the normal one.
+    Of truths it is Wilson's (1927), sensible at 0 and 1 too; of numbers the normal one.
 
     >>> [round(x, 3) for x in row([False] * 10)]
     [0.0, 0.0, 0.278, 10]
     """
     n, z = len(values), 1.96
     mean = float(np.mean(values))
-    if set(values) <= {0, 1}:
+    if all(isinstance(value, (bool, np.bool_)) for value in values):
         shrink = 1 + z * z / n
         middle = (mean + z * z / (2 * n)) / shrink
         half = z / shrink * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
@@ -1635,6 +1645,9 @@ def answer_all(folder, tasks, temperature, seed, device, max_new_tokens=None, sa
     check(samples <= 1000, "--samples is at most 1,000.")
     check(samples == 1 or temperature >= 0.01, "Several greedy answers are all one: raise --temperature.")
     tokenizer = load_tokenizer(folder)
+    longest = max(len(render(tokenizer, task["prompt"], reply=True)[0]) for task in tasks)
+    T = model.config.seq_len
+    check(longest < T, f"A prompt of {longest} tokens leaves no room for an answer: the context has {T}.")
     groups = []
     with progress(f"{folder} answers", len(tasks)) as show:
         for i in range(0, len(tasks), 500):
@@ -1645,12 +1658,9 @@ def answer_all(folder, tasks, temperature, seed, device, max_new_tokens=None, sa
     return groups
 
 @torch.no_grad()
-def mean_kl(policy, reference, mine: list[Answer], theirs: list[Answer]) -> list[float]:
-    """Compute KL(policy || reference) of each of my answers, in nats a token: exact, not sampled."""
-    alike = policy.config.vocab_size == reference.config.vocab_size
-    check(alike and [a.prompt for a in mine] == [a.prompt for a in theirs],
-          "The two folders have different tokenizers: no KL compares them.")
-    items = [Item([as_example(a.prompt, a.ids)]) for a in mine]
+def mean_kl(policy, reference, answers: list[Answer]) -> list[float]:
+    """Compute KL(policy || reference) along each answer, in nats a token, over the whole vocabulary."""
+    items = [Item([as_example(a.prompt, a.ids)]) for a in answers]
     result = []
     for i in range(0, len(items), 16):
         batch = batch_of(policy, items[i : i + 16])
@@ -1660,7 +1670,7 @@ def mean_kl(policy, reference, mine: list[Answer], theirs: list[Answer]) -> list
     return result
 
 def features(answers: list[Answer]) -> dict[str, list]:
-    """List what answers are like, by name: a number for each, or for each that its prompt has checks for."""
+    """List what answers are like, by name: a number for each; `passes` where the prompt has checks."""
     texts = [a.text for a in answers]
     found = {"passes": [a.passes for a in answers if a.grades]}
     found["length"] = [len(a.ids) for a in answers]
@@ -1688,7 +1698,8 @@ def assess(folder, tasks, against=None, reward=None, temperature=JUDGED_AT, seed
            samples=1) -> dict:
     """Measure everything that `evaluate` prints: {name: (value, low, high, n)}."""
     device = device or pick_device()
-    trained = [i for i, task in enumerate(tasks) if task["check"] and not task["held_out"]]
+    checked = [i for i, task in enumerate(tasks) if task["check"]]
+    trained = [i for i in checked if not tasks[i]["held_out"]] or checked
     check(samples == 1 or trained,
           "--samples needs prompts that carry checks, as `python align.py data` makes them.")
     check(reward is None or against or samples > 1,
@@ -1696,10 +1707,16 @@ def assess(folder, tasks, against=None, reward=None, temperature=JUDGED_AT, seed
     judge = None
     if reward is not None or all(task["check"] for task in tasks):
         judge = Reward(["checks" if reward is None else reward], 0.0, device)
-    by = "the checks" if reward is None else "the reward model"
+    by = "the checks" if reward in (None, "checks") else "the reward model"
+    ids = load_tokenizer(find_checkpoint(folder)).token_bytes
     tokens = Tokens(text, "val") if text else None
-    check(not tokens or tokens.vocab_size == load_tokenizer(find_checkpoint(folder)).n_vocab,
-          f"{text} and {folder} have different tokenizers: give the --data of its pretraining.")
+    if tokens and load_tokenizer(text).token_bytes != ids:
+        say(f"{text} has another tokenizer than {folder}: its bits per byte are left out.")
+        tokens = None
+    check(not against or load_tokenizer(find_checkpoint(against)).token_bytes == ids,
+          "The two folders have different tokenizers: no KL compares them.")
+    for name in filter(None, (folder, against)):  # before the work, not after it
+        check(load_config(name).head == "lm", f"{name} is a reward model: it gives scores, not answers.")
     groups = answer_all(folder, tasks, temperature, seed, device, samples=samples)
     answers = [group[0] for group in groups]
     rows = rate(answers)
@@ -1707,7 +1724,7 @@ def assess(folder, tasks, against=None, reward=None, temperature=JUDGED_AT, seed
     if against:
         theirs = [group[0] for group in answer_all(against, tasks, temperature, seed, device)]
         other = load_model(against, device)
-        rows["KL to the other, nats a token"] = row(mean_kl(model, other, answers, theirs))
+        rows["KL to the other, nats a token"] = row(mean_kl(model, other, answers))
         if judge:
             found = zip(judge(answers), judge(theirs), strict=True)
             rows[f"wins by {by}"] = row([(a > b) + 0.5 * (a == b) for a, b in found])
@@ -1715,7 +1732,7 @@ def assess(folder, tasks, against=None, reward=None, temperature=JUDGED_AT, seed
         some = [groups[i] for i in trained]
         for k in (k for k in range(1, samples + 1) if k == samples or k.bit_count() == 1):
             rows[f"pass@{k}"] = row([pass_at_k(samples, sum(a.passes for a in group), k) for group in some])
-        if reward:
+        if reward is not None:
             best = [group[int(np.argmax(judge(group)))] for group in some]
             rows[f"passes: best of {samples} by {by}"] = row([a.passes for a in best])
     if tokens:
@@ -1816,7 +1833,8 @@ def pairs(
         cut += len(group) - len(ended)
         good = dict.fromkeys(a.text for a in ended if a.passes)
         bad = dict.fromkeys(a.text for a in ended if not a.passes)
-        counts["with both" if good and bad else "all good" if good else "none good"] += 1
+        what = "with both" if good and bad else "all good" if good else "none good" if bad else "all cut off"
+        counts[what] += 1
         for chosen, rejected in itertools.product(good, bad):
             record = {"prompt": asked["prompt"], "task": asked["task"]}
             made.append(record | {"chosen": chosen, "rejected": rejected})
@@ -1843,12 +1861,14 @@ def label(
     asked = [talks[0][:-1] for talks in done]
     tasks = [task for task in load_prompts(prompts, limit) if task["prompt"] not in asked]
     if not tasks:
-        return say(f"All prompts are labelled in {out}.", markup=False)
+        return say(f"{out} has all prompts that --limit {limit} draws: raise it for more.")
     groups = answer_all(folder, tasks, temperature, seed, pick_device(device), samples=2)
     groups = [[a, b] for a, b in groups if a.ended and b.ended and a.text != b.text]
     left = len(tasks) - len(groups)
     say(f"{left} of {len(tasks)} prompts have equal answers or one that was cut off: they are left out.")
-    lines = out.read_text(encoding="utf-8-sig").splitlines() if out.exists() else []
+    # (not splitlines: JSON may hold a line separator of Unicode's)
+    text = out.read_text(encoding="utf-8-sig") if out.exists() else ""
+    lines = [line for line in text.split("\n") if line.strip()]
     for i, pair in enumerate(groups, 1):
         say(f"---- {i} of {len(groups)}")
         show([*pair[0].task["prompt"], *({"role": str(k), "content": a.text} for k, a in enumerate(pair, 1))])
@@ -1860,7 +1880,7 @@ def label(
             record = {"prompt": chosen.task["prompt"], "chosen": chosen.text, "rejected": rejected.text}
             lines.append(json.dumps(record))
             save_files(out.parent, {out.name: "\n".join(lines) + "\n"})
-    say(f"{out} holds {len([line for line in lines if line.strip()])} pairs.", markup=False)
+    say(f"{out} holds {len(lines)} pairs.")
 
 def read_key() -> str:
     """Read 1, 2, s or q from a line of standard input; its end is q."""

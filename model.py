@@ -12,7 +12,8 @@ parallel.py, align.py) and sampling (sample.py).
     python -c "from model import *; print(Transformer(PRESETS['nano'].replace(vocab_size=256)))"
 
 RoPE: Su et al. 2021 (2104.09864). GQA: Ainslie et al. 2023 (2305.13245). SwiGLU: Shazeer 2020 (2002.05202).
-RMSNorm: Zhang & Sennrich 2019 (1910.07467). QK norm: Henry et al. 2020 (2010.04245). Muon: Jordan 2024.
+RMSNorm: Zhang & Sennrich 2019 (1910.07467). QK norm: after Henry et al. 2020 (2010.04245), as Qwen3
+has it. Muon: Jordan 2024.
 """
 
 import contextlib
@@ -167,30 +168,6 @@ class Config:
             causal = w * (w + 1) / 2 + (T - w) * w  # the first w tokens see 1, 2 .. w keys, the rest see w
             pairs += causal if self.causal else 2 * causal - T
         return 6.0 * self.matrix_params + 12.0 * self.n_head * self.head_dim * pairs / T
-
-def is_a(value, kind: type) -> bool:
-    """Tell whether a value is of a kind; whole numbers are floats too, NaN and infinity are not."""
-    return type(value) in (int, float) and math.isfinite(value) if kind is float else type(value) is kind
-
-def kind_of(declared) -> type:
-    """Find the plain kind in what a field was declared as: tuple[int | None, ...] -> int."""
-    return next(kind for kind in (bool, str, float, int) if kind.__name__ in str(declared))
-
-def fits(value, declared) -> bool:
-    """Tell whether a value is what a field was declared as: int, float | None, list[str]."""
-    if isinstance(value, (list, tuple)) and re.search("list|tuple", str(declared)):
-        return all(fits(x, declared) for x in value)
-    return "None" in str(declared) if value is None else is_a(value, kind_of(declared))
-
-def check_field(name: str, value) -> None:
-    """Refuse what a field of Config cannot be: of another kind, or a number that makes no sense."""
-    field = Config.__dataclass_fields__[name]
-    words = {bool: "true or false", str: "a name"}.get(kind_of(field.type), "a positive number")
-    check(fits(value, field.type), f"{name} is {value!r}; it has to be {words}.")
-    least = 0 if not field.default and name != "window" else 1e-12
-    most = 10_000 if name in ("n_layer", "n_head", "n_kv_head", "n_expert") else 2**31
-    numbers = [x for x in (value if isinstance(value, (list, tuple)) else [value]) if is_a(x, float)]
-    check(all(least <= x < most for x in numbers), f"{name} is {value!r}; it has to be {words} below {most}.")
 
 class Linear(nn.Linear):
     """Keep a matrix in the precision of training (float32) and multiply in the precision of the input."""
@@ -463,7 +440,7 @@ class Transformer(nn.Module):
         return masks
 
     def compile_blocks(self) -> None:
-        """Compile one block and use it for all: a start-up of one layer, and names stay as they are."""
+        """Compile each block: those of one kind share the code, and names stay as they are."""
         for block in self.layers.values():
             block.compile(dynamic=False)
 
@@ -471,8 +448,9 @@ class Transformer(nn.Module):
     def init_weights(self, seed: int = 0) -> "Transformer":
         """Fill each tensor from a generator of its own, seeded by (seed, name): any sharding starts equal.
 
-        Normal with standard deviation 1/sqrt(fan_in) (the embedding: 0.02); the two matrices that write to
-        the residual stream start smaller by sqrt(2 L), as in GPT-2, so that its variance stays about one.
+        Normal with standard deviation 1/sqrt(fan_in) (embedding and output matrix: 0.02); the two matrices
+        that write to the residual stream are smaller by sqrt(2 L), as in GPT-2, so that what all layers add
+        to it has a variance of about one at most.
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -592,7 +570,8 @@ def generate(model, prompts, max_new_tokens, pick=greedy, eos_id=(), samples=1, 
 
     max_new_tokens: one number for all, or a list with each prompt's. pick: logits (B, V) -> ids (B,);
     sample.py has others. samples: so many continuations of each prompt, one after the other in the result.
-    rows: the most texts at once; prompts of like length are read together, so that little padding is read.
+    rows: the most texts at once, but all samples of a prompt; prompts of like length are read together, so
+    that little padding is read.
     """
     check(prompts and all(prompts), "A prompt needs at least one token: begin with the end-of-text token.")
     model.eval()
@@ -643,6 +622,30 @@ def generate(model, prompts, max_new_tokens, pick=greedy, eos_id=(), samples=1, 
 # Part II: the folders
 # ------------------------------------------------------------------------------------------------------------
 
+
+def is_a(value, kind: type) -> bool:
+    """Tell whether a value is of a kind; whole numbers are floats too, NaN and infinity are not."""
+    return type(value) in (int, float) and math.isfinite(value) if kind is float else type(value) is kind
+
+def kind_of(declared) -> type:
+    """Find the plain kind in what a field was declared as: tuple[int | None, ...] -> int."""
+    return next(kind for kind in (bool, str, float, int) if kind.__name__ in str(declared))
+
+def fits(value, declared) -> bool:
+    """Tell whether a value is what a field was declared as: int, float | None, list[str]."""
+    if isinstance(value, (list, tuple)) and re.search("list|tuple", str(declared)):
+        return all(fits(x, declared) for x in value)
+    return "None" in str(declared) if value is None else is_a(value, kind_of(declared))
+
+def check_field(name: str, value) -> None:
+    """Refuse what a field of Config cannot be: of another kind, or a number that makes no sense."""
+    field = Config.__dataclass_fields__[name]
+    words = {bool: "true or false", str: "a name"}.get(kind_of(field.type), "a positive number")
+    check(fits(value, field.type), f"{name} is {value!r}; it has to be {words}.")
+    least = 0 if not field.default and name != "window" else 1e-12
+    most = 10_000 if name in ("n_layer", "n_head", "n_kv_head", "n_expert") else 2**31
+    numbers = [x for x in (value if isinstance(value, (list, tuple)) else [value]) if is_a(x, float)]
+    check(all(least <= x < most for x in numbers), f"{name} is {value!r}; it has to be {words} below {most}.")
 
 # Sizes by name. `nano` learns in a minute, `micro` in the minutes of the default run; `small` is GPT-2's.
 LLAMA = Config(norm_eps=1e-5, qk_norm=False, tie=False, head_dim=128, vocab_size=32_000, seq_len=4096)
@@ -1309,10 +1312,6 @@ class Batches:
         targets = torch.tensor(float(sum((y != IGNORE).sum() for _, y, _ in batches)), device=self.device)
         return self.move(batches), sum_over_ranks(targets), windows
 
-    def peek(self):
-        """Give the micro-batches of the step that comes next."""
-        return self.move(self.ahead[1].result()[0])
-
     def move(self, batches):
         """Send micro-batches to the device; to a GPU from pinned memory, while it computes."""
         if self.device.type == "cuda":
@@ -1322,7 +1321,7 @@ class Batches:
 @torch.no_grad()
 def evaluate(model, tokens: Tokens, T: int, B: int = 16, limit: int | None = None, *, forward=None,
              share=None, doc_mask: bool = False) -> dict:
-    """Measure {"val_loss": nats per token, "val_bpb": bits per byte of text, "val_tokens"} in every chapter.
+    """Measure {"val_loss": nats per token, "val_bpb": bits per byte of text, "val_tokens"}, whatever trains.
 
     forward: (inputs, targets, documents) -> loss per token, the model's own by default. Sums over all ranks;
     share: which part of the text is this rank's, (rank, world), where ranks that split a model read the same.
@@ -1656,6 +1655,8 @@ def open_run(o: RunOptions) -> dict:
         check_out(Path(o.out), o.overwrite)
         return {}
     state = saved_state(o.resume)
+    same = Path(o.out).resolve() == Path(o.resume).resolve()
+    check(same, f"A run goes on in its own folder: copy {o.resume} to {o.out} and --resume that.")
     for name, value in json.loads(json.dumps(dataclasses.asdict(o))).items():
         same = name in o.changeable or state["options"].get(name, value) == value
         check(same, f"--{name.replace('_', '-')} cannot change on --resume: start a run of its own (--out).")
@@ -1697,6 +1698,7 @@ def make_config(o: TrainOptions, tokens: Tokens, saved: bool = False, **fields) 
     sizes = [n for n in ("n_layer", "n_embd") if getattr(o, n)] + list(o.fields_set.keys() - training.keys())
     check(not sizes, f"{', '.join(sizes)} cannot be chosen: the sizes are those of --init {o.init}.")
     config = load_config(o.init)
+    check(config.head == "lm", f"--init {o.init} is a reward model: it gives scores, and no next token.")
     texts = {read_tokenizer(Path(folder, "tokenizer.json")) for folder in (o.init, tokens.folder)}
     check(len(texts) == 1, f"{o.init} and {tokens.folder} have "
           f"different tokenizers: give tokenize.py prepare the --tokenizer {o.init}/tokenizer.json.")
@@ -1704,7 +1706,7 @@ def make_config(o: TrainOptions, tokens: Tokens, saved: bool = False, **fields) 
 
 def derive(o: TrainOptions, config: Config, world: int, device: torch.device) -> None:
     """Fill in the options that follow from the rest; world: how many ranks read different tokens."""
-    check_memory(config, device, 4 / world)
+    check_memory(config, device, 4 / rank_and_world()[1])  # the least that a rank holds
     windows = o.tokens_per_step // config.seq_len
     near = config.seq_len * world * max(1, round(windows / world))
     whole = o.tokens_per_step % (config.seq_len * world) == 0
@@ -1773,12 +1775,12 @@ class Run:
                     yield self.at, lr
                     self.at += 1
                     show(self.at, self.log_step(lr, time.perf_counter() - began, peak))
+                    if self.at % o.eval_interval == 0 and self.at < o.max_steps:
+                        self.evaluate(last=False)  # before a stop: what goes on begins after it
                     if sum_over_ranks(torch.tensor(float(self.asked), device=self.ranks.device)) > 0:
                         self.save()
                         say(f"Stopped at step {self.saved_at}; --resume {o.out} goes on from there.")
                         raise KeyboardInterrupt
-                    if self.at % o.eval_interval == 0 and self.at < o.max_steps:
-                        self.evaluate(last=False)
                     if self.at % o.save_interval == 0 and self.at < o.max_steps:
                         self.save()
             if "stop" not in self.result:
@@ -1791,8 +1793,8 @@ class Run:
     def update(self, optimizer, lr: float, **metrics) -> bool:
         """Take the optimizer's step -> was it taken? A loss or grad_norm that is not finite skips it.
 
-        metrics: numbers or tensors of one element, of all ranks, to be logged: their mean, where a step has
-        several updates; `tokens`, what was read, becomes tok_per_s.
+        metrics: `loss`, `grad_norm` and others, numbers or tensors of one element, of all ranks, to be
+        logged: their mean, where a step has several updates. `tokens`, what was read, becomes tok_per_s.
         """
         tensors = {name: x.detach().float() for name, x in metrics.items() if isinstance(x, torch.Tensor)}
         if tensors:  # the one moment in a step when the host waits for the device: no update is made of a NaN
@@ -1809,11 +1811,11 @@ class Run:
         if self.o.dtype == "fp16":  # loss scaling (1710.03740)
             if not fine:
                 self.scale /= 2
-            elif self.good % 1000 == 999:
+            elif self.good % 1000 == 0:
                 self.scale *= 2
         if not fine:
             self.skipped += 1
-            what = f"The loss or the gradient is not finite, up to step {self.at + 1}"
+            what = f"The loss or the gradient of step {self.at + 1} is not finite"
             say(f"{what}: the update is skipped ({self.skipped} so far).")
             check(self.bad < 5 or self.scale > 1, f"{what}, {self.bad} times running. {self.o.out} holds "
                   f"step {self.saved_at}; begin anew with a lower --lr or more --warmup-steps.")
@@ -1846,7 +1848,8 @@ class Run:
         self.write({**self.result, "seconds": seconds})
         floats = {name: v for name, v in self.result.items() if isinstance(v, float)}
         words = [f"{name.replace('_', ' ')} {v:.4f}" for name, v in floats.items()]
-        say(f"step {self.at}: {', '.join(words)} after {seconds:.1f} s. {self.result.get('stop', '')}")
+        stop = self.result.get("stop", "")
+        say(f"step {self.at}: {', '.join(words)} after {seconds:.1f} s of training. {stop}")
 
     def save(self, finished: bool = False) -> None:
         """Write a checkpoint; not while the loss is no number: what the folder holds is better."""

@@ -7,8 +7,9 @@
     python parallel.py export out/python                                     # join a stopped run's shards
 
 It trains what train.py trains, from the same data folder to the same checkpoint folder, and each can go on
-with the other's. The processes form a grid (`AXES`); tensor parallelism talks in every layer and is
-innermost, where the links are fast, data parallelism talks once a step and is outermost.
+with the other's, but for --patience, --target-loss and --noise-scale, which end there. The processes form a
+grid (`AXES`); tensor parallelism talks in every layer and is innermost, where the links are fast, data
+parallelism talks once a step and is outermost.
 
 Part I says each idea in plain lines with bare collectives: column- and row-parallel matrices (Shoeybi et al.
 2019, 1909.08053), ZeRO-1, -2 and -3 (Rajbhandari et al. 2019, 1910.02054). Part II has their costs as
@@ -18,6 +19,7 @@ process. Left out: masked models (train.py has them, with DDP), and splitting th
 """
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -130,8 +132,8 @@ def zero_step(zero: int, weights, grad, m, v, step: int, lr: float) -> None:
     """Update weights (P,) that all ranks hold whole, where each keeps the moments m and v (P/W,) of its part.
 
     ZeRO-1 adds up the whole gradient on all ranks: 4P + 4P + 8P/W bytes. ZeRO-2 asks only for the part that
-    this rank uses: 4P + 4P/W + 8P/W. An all-reduce is a reduce-scatter and an all-gather, so it sends the
-    same or less.
+    this rank uses: 4P + 4P/W + 8P/W. It sends what DDP does, since an all-reduce is a reduce-scatter and an
+    all-gather; ZeRO-1, written so, sends half as much again.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     if zero == 1:
@@ -283,8 +285,9 @@ def communication(config: Config, N: int, layout: Layout, recompute=False, e=2) 
 
     bytes: of the whole tensors. Tensor parallelism: two all-reduces of the activations (N, C) a block,
     forward and backward (1909.08053, 3); with the sequence split (2205.05198, figure 5) each is an all-gather
-    and a reduce-scatter. Data parallelism: the gradients once; ZeRO-3 also the weights, twice (1910.02054,
-    7). Muon: a matrix's gradient to its owner, the new weights from it. Not counted: gradients of norms.
+    and a reduce-scatter. Data parallelism: the gradients once; the weights once with ZeRO-1 and 2, twice with
+    ZeRO-3 (1910.02054, 7). Muon: a matrix's gradient to its owner, the new weights from it. Not counted:
+    gradients of norms.
     """
     c, rows = config, []
     replicate, shards, tp = layout.sizes
@@ -701,6 +704,8 @@ class Options(TrainOptions):
         dp = self.dp or max(1, world // self.tp)
         return Layout(dp, self.tp, self.zero, self.replicate, self.sequence_parallel, self.optimizer)
 
+DERIVED = dict.fromkeys(("resume", "micro_batch", "compile", "dtype"))  # what a run fills in itself
+
 def join_processes(device: str, timeout: float) -> Ranks:
     """Join torchrun's group; without torchrun, a group of one, so that nothing below has to ask."""
     more = {}
@@ -710,6 +715,8 @@ def join_processes(device: str, timeout: float) -> Ranks:
         rank, world, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
         store = dist.TCPStore(os.environ["MASTER_ADDR"], port, world, is_master=False)
         more = {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank, "world_size": world}
+    if device == "auto" and not torch.cuda.is_available():
+        device = "cpu"  # neither gloo nor float64 knows Apple's GPU
     ranks = setup_distributed(device, timeout, **more)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
@@ -758,7 +765,9 @@ def train(o: Options) -> dict:
     ranks = join_processes(o.device, o.timeout)
     if not o.resume and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # a rank has died
         with contextlib.suppress(UserError):  # before the first save
-            o = resumed(Options, o.out)
+            held = resumed(Options, o.out)
+            asked = [json.dumps(dataclasses.asdict(options) | DERIVED) for options in (held, o)]
+            o = held if asked[0] == asked[1] else o  # another run, which --overwrite is to replace
     saved = open_run(o)
     default_data(o.data, ranks)
     sources, val, weights = open_data(o.data)
@@ -779,7 +788,8 @@ def train(o: Options) -> dict:
     model, forward, optimizer = open_model(o, config, layout, ranks)
     part = ranks.rank // layout.tp  # ranks that split one model read the same tokens
     batches = Batches(sources, weights, o, config.seq_len, ranks.device, part, layout.dp, saved.get("taken"))
-    saver = Saver(o.out, model, optimizer, sources[0].folder / "tokenizer.json")
+    tokenizer = Path(o.resume or o.init or sources[0].folder, "tokenizer.json")  # its folder's template too
+    saver = Saver(o.out, model, optimizer, tokenizer)
     moe = load_moe() if config.n_expert else None
 
     def save(folder: Path, state: dict) -> None:

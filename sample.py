@@ -250,13 +250,14 @@ def talk(model, tokenizer, max_new_tokens: int, pick, stop: set) -> None:
 
 def conversation(tokenizer, messages: list[dict], config: Config, max_new_tokens: int) -> list[int]:
     """Encode a conversation up to where the answer begins; of what does not fit, the oldest turns go."""
+    alone, _ = render(tokenizer, messages[-1:], reply=True)
+    check(len(alone) < config.seq_len, f"{len(alone)} tokens are more than the context: say it shorter.")
     room = config.seq_len - min(max_new_tokens, config.seq_len // 4)
     ids, _ = render(tokenizer, messages, reply=True)
     while len(messages) > 1 and len(ids) > room:
         say(f"(the oldest turns are forgotten: the context has {config.seq_len} tokens)", style="dim")
         del messages[:2]
         ids, _ = render(tokenizer, messages, reply=True)
-    check(len(ids) < config.seq_len, f"{len(ids)} tokens are more than the context holds: say it shorter.")
     return known(ids, config)
 
 def read_message() -> str | None:

@@ -12,6 +12,7 @@ in memory at once.
     python tokenize.py train --input shakespeare.txt --vocab-size 1024 --output tokenizer.json
     python tokenize.py encode --tokenizer tokenizer.json "lower lowest"
     python tokenize.py decode --tokenizer tokenizer.json "[75, 78, 86]"
+
 Papers: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; Radford et al. 2019 (GPT-2: BPE on bytes).
 """
 
@@ -106,7 +107,7 @@ FILTERS = {
     "data": lambda data, text: len(data.translate(None, LETTERS)) > 0.75 * len(data),  # tables of numbers
     "repetitive": lambda data, text: len(zlib.compress(data, 1)) < 0.1 * len(data),
 }
-MUST_PASS = ("empty", "binary", "not UTF-8")  # a file that the user named passes these too
+MUST_PASS = ("empty", "binary", "not UTF-8")  # all that a text file has to pass that the user named
 
 # model.py loads this file too, and catches its own UserError: ours is then a kind of that one.
 class UserError(getattr(sys.modules.get("model"), "UserError", Exception)):
@@ -602,7 +603,8 @@ def read_records(path: Path, data: bytes, field: str) -> list[bytes]:
 def read_documents(files: list, field: str) -> tuple:
     """Read files: return {key: (source, text)}, {reason: what was dropped}, [source, name, hash] of each.
 
-    A file that the user named only has to be text; the others pass all filters. Of equal texts one is kept.
+    A text file that the user named only has to be text; all others, and the records of every JSON file, pass
+    all filters. Of equal texts one is kept.
     """
     used = field == "text" or any(path.suffix.lower() in JSON_FILES for _, _, path, _ in files)
     check(used, f"--field {field} is for JSON files, and there are none")

@@ -107,8 +107,8 @@ class NoiseScale:
         squares = []
         for row in torch.arange(min(4, len(x))).split(1):
             seen = None if documents is None else documents[row]
-            losses, _ = model(x[row], y[row], doc_ids=seen)
-            loss = losses.sum() / (y[row] != IGNORE).sum()
+            losses, layers = model(x[row], y[row], doc_ids=seen)
+            loss = losses.sum() / (y[row] != IGNORE).sum() + layers[:, 0].sum()
             gradient = torch.autograd.grad(loss * scale, list(model.parameters()))
             squares.append((torch.nn.utils.get_total_norm(gradient) / scale).square())
         small = sum_over_ranks(torch.stack(squares).mean()) / rank_and_world()[1]
@@ -151,7 +151,7 @@ def train(o: Options) -> dict:
     tokenizer = Path(o.resume or o.init or sources[0].folder, "tokenizer.json")  # its folder's template too
 
     def save(folder: Path, state: dict | None) -> None:
-        if state is not None:
+        if ranks.rank == 0 and state is not None:
             state |= stopper.state | noise.state | {"taken": batches.taken, "data": data}
             state = (optimizer.state_dict(), state)
         if ranks.rank == 0:
@@ -202,7 +202,7 @@ def open_inputs(o: Options, ranks, saved: dict) -> tuple[Config, list[Tokens], l
     for tokens in sources + val:
         check(tokens.n > config.seq_len,
               f"{tokens.path} has {tokens.n} tokens, no more than a context: lower --seq-len.")
-    say(describe(o, config, sources, ranks), markup=False)
+    say(describe(o, config, sources, ranks))
     return config, sources, val, weights
 
 def sync_gradients(forward, last: bool):
@@ -283,7 +283,7 @@ def evaluate_masked(model, tokens: Tokens, T: int, B: int, limit: int | None, co
     for x, y in tokens.in_order(T, B, limit, *rank_and_world()):
         documents = tokens.documents(x).to(device) if doc_mask else None
         inputs, targets = corrupt.fixed(x)
-        chosen = (targets != IGNORE) & (y != IGNORE)  # the last window is padded
+        chosen = (targets != IGNORE) & (y != IGNORE)  # not beyond the text's end, nor rows that fill up
         logits = model(inputs.to(device), doc_ids=documents)[0][chosen.to(device)].float()  # (masked, V)
         targets = targets[chosen].to(device)
         nats = F.cross_entropy(logits, targets, reduction="sum")
@@ -386,7 +386,7 @@ def report(o: Options, run: Run, model: Transformer, batches: Batches) -> None:
 
     if run.ranks.rank:
         return
-    say(curve(run.records), markup=False)
+    say(curve(run.records))
     facts = {}
     for name, value in run.result.items():
         if name != "stop":
@@ -407,11 +407,11 @@ def report(o: Options, run: Run, model: Transformer, batches: Batches) -> None:
     console().print(table)
     loads = [record["load"] for record in run.records if "load" in record]
     if loads:
-        say(load_moe().load_bars(loads[-1]), markup=False)
+        say(load_moe().load_bars(loads[-1]))
     if o.objective == "clm":
         say("A sample (`python sample.py` for more):", style="bold")
         text = write_sample(model, load_tokenizer(o.out), batches.sources[0].eot_id, o.seed)
-        say(text, markup=False, style="cyan")
+        say(text, style="cyan")
 
 def write_sample(model: Transformer, tokenizer, eot_id: int, seed: int) -> str:
     """Let the model write 200 tokens of a new document."""

@@ -290,11 +290,11 @@ def test_entropy_is_worth_something(base, lines, tmp_path):
 
 
 def test_passes_and_minibatches_are_updates(base, lines, tmp_path, monkeypatch):
-    """Three passes of two: six updates of a step, which the log shows as one."""
+    """Three epochs of two: six updates of a step, which the log shows as one."""
     rewarded(monkeypatch, lambda answers: [float(i % 3) for i in range(len(answers))])
     updates, update = [], Run.update
     monkeypatch.setattr(Run, "update", lambda run, *args, **more: updates.append(run.at) or update(run, *args, **more))
-    stage("grpo", base, lines, tmp_path / "o", passes=3, minibatches=2, samples=4, max_steps=2)
+    stage("grpo", base, lines, tmp_path / "o", inner_epochs=3, minibatches=2, samples=4, max_steps=2)
     assert updates == [0] * 6 + [1] * 6
     assert [r["step"] for r in records(tmp_path / "o") if "loss" in r] == [1, 2]
 
@@ -319,7 +319,7 @@ def play_bandit(kind, base, lines, out, reward, steps, monkeypatch, **more):
 def test_ten_arms(kind, base, lines, tmp_path, monkeypatch):
     """The best of ten is found, with payouts that are close."""
     pay = [0.1, 0.5, 0.2, 0.9, 0.3, 0.7, 0.0, 0.4, 0.6, 0.8]
-    size = {"batch_size": 4, "samples": 16} if kind == "grpo" else {"batch_size": 64, "samples": 1, "passes": 2}
+    size = {"batch_size": 4, "samples": 16} if kind == "grpo" else {"batch_size": 64, "samples": 1, "inner_epochs": 2}
     steps = 250 if kind == "grpo" else 100
     size |= {"kl_coef": 0.0}
     _, after = play_bandit(kind, base, lines, tmp_path, lambda token: pay[token % 10], steps, monkeypatch, **size)
@@ -332,7 +332,7 @@ def test_two_arms_with_kl(kind, base, lines, tmp_path, monkeypatch):
     """Even tokens pay 1. PPO's KL, in the reward, is KL(p || ref), and its optimum p ~ ref e^(r/b); GRPO's, in the loss, has the
     gradient of KL(ref || p), and the optimum p = b ref / (c - r), with r a (n-1)/n of itself, the mean being its own."""
     b, n = 0.5, 16
-    size = {"batch_size": 8, "samples": n, "scale": "none"} if kind == "grpo" else {"batch_size": 128, "samples": 1, "passes": 1}
+    size = {"batch_size": 8, "samples": n, "scale": "none"} if kind == "grpo" else {"batch_size": 128, "samples": 1, "inner_epochs": 1}
     steps = 300 if kind == "grpo" else 220
     size |= {"kl_coef": b}
     before, after = play_bandit(kind, base, lines, tmp_path, lambda t: 1.0 - t % 2, steps, monkeypatch, **size)
