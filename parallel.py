@@ -286,8 +286,7 @@ def communication(config: Config, N: int, layout: Layout, recompute=False, e=2) 
     bytes: of the whole tensors. Tensor parallelism: two all-reduces of the activations (N, C) a block,
     forward and backward (1909.08053, 3); with the sequence split (2205.05198, figure 5) each is an all-gather
     and a reduce-scatter. Data parallelism: the gradients once; the weights once with ZeRO-1 and 2, twice with
-    ZeRO-3 (1910.02054, 7). Muon: a matrix's gradient to its owner, the new weights from it. Not counted:
-    gradients of norms.
+    ZeRO-3 (1910.02054, 7). Muon: a matrix's gradient to its owner, its weights back. Not: norms' gradients.
     """
     c, rows = config, []
     replicate, shards, tp = layout.sizes
@@ -704,8 +703,6 @@ class Options(TrainOptions):
         dp = self.dp or max(1, world // self.tp)
         return Layout(dp, self.tp, self.zero, self.replicate, self.sequence_parallel, self.optimizer)
 
-DERIVED = dict.fromkeys(("resume", "micro_batch", "compile", "dtype"))  # what a run fills in itself
-
 def join_processes(device: str, timeout: float) -> Ranks:
     """Join torchrun's group; without torchrun, a group of one, so that nothing below has to ask."""
     more = {}
@@ -766,7 +763,8 @@ def train(o: Options) -> dict:
     if not o.resume and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # a rank has died
         with contextlib.suppress(UserError):  # before the first save
             held = resumed(Options, o.out)
-            asked = [json.dumps(dataclasses.asdict(options) | DERIVED) for options in (held, o)]
+            derived = dict.fromkeys(("resume", "micro_batch", "compile", "dtype"))  # what a run fills in
+            asked = [json.dumps(dataclasses.asdict(options) | derived) for options in (held, o)]
             o = held if asked[0] == asked[1] else o  # another run, which --overwrite is to replace
     saved = open_run(o)
     default_data(o.data, ranks)
