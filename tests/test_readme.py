@@ -92,7 +92,8 @@ def tiny(words: list[str], home) -> list[str]:
         return words
     following = words[words.index(name) + 1 : words.index(name) + 2]
     known = f"{name} {following[0]}" if following and not following[0].startswith("-") else name
-    options = dict(TINY.get(known, TINY["sample.py"] if name == "sample.py" else {}))
+    writes = name == "sample.py" and "--fill" not in words
+    options = dict(TINY.get(known, TINY["sample.py"] if writes else {}))
     if known == "tokenize.py prepare":
         options = {"--vocab-size": "400", "--val-fraction": "0.3"}
         if len(words) == 3:  # not the whole Python that is installed here
