@@ -866,8 +866,9 @@ def finish_save(folder: str | Path) -> None:
     """Finish a save that was cut off after its journal stood; every reader of a folder begins so."""
     folder = Path(folder)
     journal = folder / JOURNAL
-    while int(os.environ.get("RANK", 0)) > 0 and journal.is_file():
-        time.sleep(0.05)  # of several ranks that resume, the first one does it
+    end = time.monotonic() + 10 * (int(os.environ.get("RANK", 0)) > 0)
+    while time.monotonic() < end and journal.is_file():
+        time.sleep(0.05)  # of several ranks the first one does it, unless the disk is this machine's own
     if not journal.is_file():
         return
     record = read_json(journal)
@@ -937,7 +938,7 @@ def render(tokenizer, messages: list[dict], reply: bool = False) -> tuple[list[i
     would join to the header's line break, the ids are not those of the whole text encoded at once.
     """
     ids, own = [], []
-    if getattr(tokenizer, "chat_template", None) in (None, CHAT_TEMPLATE):
+    if tokenizer.chat_template in (None, CHAT_TEMPLATE):
         start, end = tokenizer.im_start_id, tokenizer.im_end_id
         check(None not in (start, end), "This tokenizer was not made for conversations: no <|im_start|>.")
         pieces = []
@@ -980,7 +981,7 @@ def render_template(tokenizer, messages: list[dict], reply: bool) -> list[tuple[
                 pieces += [(asked[len(done) :], False), (answered[len(asked) :], True)]
                 done = answered
         whole = spell(messages, reply)
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise UserError(f"This folder's chat template does not take this conversation: {error}.") from None
     return [*pieces, (whole.removeprefix(done), False)]
 

@@ -602,6 +602,18 @@ def test_a_state_that_says_nothing_of_its_run_is_a_sentence(key, saved):
             load_state(saved)
 
 
+def test_another_rank_finishes_a_save_that_nobody_else_does(tmp_path, vocab, monkeypatch):
+    """On a disk of its own machine no first rank comes by: it waits for a while, and not for ever."""
+    (tmp_path / "state").mkdir()
+    (tmp_path / "a.txt.new").write_text("whole")
+    (tmp_path / "state" / "commit.json").write_text('{"ready": ["a.txt"], "remove": []}')
+    clock = itertools.count(step=4.0)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(octavo.time, "monotonic", lambda: next(clock))
+    finish_save(tmp_path)
+    assert (tmp_path / "a.txt").read_text() == "whole" and not (tmp_path / "state").exists()
+
+
 # ---- data --------------------------------------------------------------------------------------------------
 
 
