@@ -1761,13 +1761,13 @@ class Run:
     def steps(self) -> Iterator[tuple[int, float]]:
         """Yield (step, learning rate) for each step that is left; what is due happens between two of them."""
         o = self.o
-        if not self.at:
-            self.save()  # a disk that cannot be written to shows now, and any later kill can be resumed
-        if self.ranks.rank == 0:  # lines after the checkpoint, or half a line, are dropped
-            save_files(o.out, {"metrics.jsonl": "".join(json.dumps(r) + "\n" for r in self.records)})
-        peak = peak_flops(self.ranks.device, DTYPES[o.dtype]) * self.ranks.world if self.flops else 0.0
         handlers = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
+            if not self.at:
+                self.save()  # a disk that cannot be written to shows now, and any later kill can be resumed
+            if self.ranks.rank == 0:  # lines after the checkpoint, or half a line, are dropped
+                save_files(o.out, {"metrics.jsonl": "".join(json.dumps(r) + "\n" for r in self.records)})
+            peak = peak_flops(self.ranks.device, DTYPES[o.dtype]) * self.ranks.world if self.flops else 0.0
             with progress("step", o.max_steps, self.at) as show:
                 while self.at < o.max_steps and "stop" not in self.result:
                     self.values = {}
