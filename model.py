@@ -923,79 +923,25 @@ def read_tensors(path: Path, device="cpu", names=None) -> Iterator:
 
 # ---- The checkpoint folder
 
-CHAT_TEMPLATE = (  # ChatML
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
-    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
 def render(tokenizer, messages: list[dict], reply: bool = False) -> tuple[list[int], list[bool]]:
-    """Turn [{"role", "content"}, ...] into ids -> (ids, did the assistant write it?).
+    """Turn [{"role", "content"}, ...] into ids -> (ids, did the assistant write it?): `Tokenizer.render`."""
+    return tokenizer.render(messages, reply)
 
-    As CHAT_TEMPLATE does, or the template of the tokenizer's folder. The end of the assistant's turn counts
-    as its own: fine-tuning trains it. reply: end with the header of the assistant's turn. Content is ordinary
-    text: a user who writes <|im_end|> ends nothing. Headers, contents and ends are encoded apart, so a prompt
-    is always how its answer's conversation begins; where content begins with white space that the tokenizer
-    would join to the header's line break, the ids are not those of the whole text encoded at once.
-    """
-    ids, own = [], []
-    if tokenizer.chat_template in (None, CHAT_TEMPLATE):
-        start, end = tokenizer.im_start_id, tokenizer.im_end_id
-        check(None not in (start, end), "This tokenizer was not made for conversations: no <|im_start|>.")
-        pieces = []
-        for message in messages:
-            written = message["role"] == "assistant"
-            pieces += [([start, *tokenizer.encode(message["role"] + "\n")], False),
-                       ([*tokenizer.encode(message["content"]), end], written),
-                       (tokenizer.encode("\n"), False)]
-        if reply:
-            pieces.append(([start, *tokenizer.encode("assistant\n")], False))
-    else:
-        texts = render_template(tokenizer, messages, reply)
-        pieces = [(tokenizer.encode(text, special="all"), written) for text, written in texts]
-    for piece, written in pieces:
-        ids += piece
-        own += [written] * len(piece)
-    return ids, own
-
-def render_template(tokenizer, messages: list[dict], reply: bool) -> list[tuple[str, bool]]:
-    """Spell a conversation as the folder's own template says -> (text, did the assistant write it?)."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    told = [name for name in tokenizer.special for m in messages if name in m["content"]]
-    check(not told, f"A message holds {told[:1]}, which this folder's template would take for a command.")
-
-    def spell(messages, reply=False):
-        return template.render(messages=messages, add_generation_prompt=reply, **tokenizer.names)
-
-    pieces, done = [], ""
-    try:
-        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        template = template.from_string(tokenizer.chat_template)
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                asked = spell(messages[:i], True)
-                answered = spell(messages[: i + 1])
-                follows = answered.startswith(asked) and asked.startswith(done)
-                check(follows, "This folder's chat template changes earlier turns, which is not supported.")
-                pieces += [(asked[len(done) :], False), (answered[len(asked) :], True)]
-                done = answered
-        whole = spell(messages, reply)
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"This folder's chat template does not take this conversation: {error}.") from None
-    return [*pieces, (whole.removeprefix(done), False)]
-
-def load_tokenizer(folder: str | Path):
-    """Load a folder's tokenizer, by tokenize.py's path: `import tokenize` gives Python's own module."""
+def load_tokenize():
+    """Load tokenize.py by its path: `import tokenize` gives Python's own module."""
     module = sys.modules.get("octavo_tokenize")
     if module is None:
         path = Path(__file__).with_name("tokenize.py")
         spec = importlib.util.spec_from_file_location("octavo_tokenize", path)
         module = sys.modules["octavo_tokenize"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+    return module
+
+def load_tokenizer(folder: str | Path):
+    """Load a folder's tokenizer."""
     finish_save(folder)
     with reading(Path(folder) / "tokenizer.json"):
-        return module.Tokenizer.load(folder)
+        return load_tokenize().Tokenizer.load(folder)
 
 def find_checkpoint(folder: str | Path, shards: bool = False) -> Path:
     """Find the checkpoint in a folder, or say what there is instead. shards: those of a run count too."""
@@ -1065,7 +1011,10 @@ def checkpoint_files(config: Config, tokenizer: str | Path) -> dict[str, str]:
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.seq_len,
              "clean_up_tokenization_spaces": False}
     about |= {name: token for name, token in names.items() if token in special}
-    about |= {"chat_template": CHAT_TEMPLATE} if "<|im_start|>" in special else {}
+    settings = read_json(base / "tokenizer_config.json") if (base / "tokenizer_config.json").is_file() else {}
+    chatml = load_tokenize().CHAT_FORMATS["chatml"][0] if "<|im_start|>" in special else None
+    template = settings.get("chat_template", chatml)
+    about |= {"chat_template": template} if template else {}
     generation = {"eos_token_id": config.eos_id, "pad_token_id": config.pad_id, "do_sample": True,
                   "temperature": 0.7, "top_p": 0.9}
     files["generation_config.json"] = json.dumps(generation, indent=2) + "\n"

@@ -30,13 +30,17 @@ if __name__ == "tokenize":
     sys.modules["tokenize"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["tokenize"])
 else:
+    import base64
     import contextlib
+    import functools
     import hashlib
     import heapq
     import importlib.metadata
     import json
+    import math
     import multiprocessing
     import os
+    import random
     import re
     import shlex
     import signal
@@ -56,6 +60,10 @@ else:
     import tiktoken
     import typer
 
+    Algorithm = Literal["bpe", "wordpiece", "spm-bpe", "unigram", "char", "byte"]
+    Normalizer = Literal["nfkc", "cased", "uncased"]
+    Chat = Literal["chatml", "llama2", "mistral", "llama3", "gemma", "phi3"]
+
 # Special tokens get the last ids, in this order, after the bytes and the merges.
 SPECIAL = (
     "<|endoftext|>", "<|pad|>", "<|mask|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>",
@@ -74,24 +82,49 @@ PATTERNS = {
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "gpt4": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    # SentencePiece's words: spaces and what follows them, letters or other signs
+    "words": r" *[\p{L}\p{M}]+| *[^ \p{L}\p{M}]+| +",
 }
-# No tokenizer file may ask for these: options of the file, of BPE, and of an added token.
-UNSUPPORTED = "truncation padding dropout continuing_subword_prefix end_of_word_suffix byte_fallback"
-UNSUPPORTED += " single_word lstrip rstrip"
-# Our own tokenizer files begin as this; what is empty here is filled in by `tokenizer_file` and `bpe_file`.
+PATTERNS["cl100k"] = PATTERNS["gpt4"].replace(r"|\s*[\r\n]+", r"|\s+(?![\s\S])|\s*[\r\n]+")
+PATTERNS["qwen"] = PATTERNS["gpt4"].replace("{1,3}", "")
+# Files of ranks say neither; by their names: the pattern, and special tokens.
+RANK_FILES = {
+    "gpt2": ("gpt2", {"<|endoftext|>": 50256}),
+    "r50k_base": ("gpt2", {"<|endoftext|>": 50256}),
+    "cl100k_base": ("cl100k", {"<|100256|>": 100256, "<|endoftext|>": 100257, "<|fim_prefix|>": 100258,
+                               "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260}),
+    "qwen": ("qwen", {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}),
+}
+# No tokenizer file may ask for these.
+UNSUPPORTED = ("truncation", "padding", "dropout", "end_of_word_suffix")
+# Our own tokenizer files begin as this.
 SKELETON = """{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
-"pre_tokenizer": null, "post_processor": null, "decoder": {"type": "Fuse"}, "model": {"type": "BPE",
-"dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
-"fuse_unk": false, "byte_fallback": false, "ignore_merges": false, "vocab": {}, "merges": []}}"""
+"pre_tokenizer": null, "post_processor": null, "decoder": {"type": "Fuse"}, "model": {}}"""
 FLAGS = '{"single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}'
 BYTE_LEVEL = '{"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}'
-SPLIT = '{"type": "Split", "pattern": {}, "behavior": "Isolated", "invert": false}'
 GAP = -1  # stands between two words, where no pair is counted
+SPACE = "\u2581"  # the sign that SentencePiece writes for a space
+LONGEST = 16  # characters of a piece of Unigram
+LONGEST_WORD = 48  # characters: longer words are cut, for learning only
+SEEDS = 20  # Unigram begins with so many times the pieces that are asked for
+SCALE = 20.0  # a character's usual price, taken out of Unigram's products
+STEP = 2.0**-20  # of its log probabilities
+RARE_PIECE = -1000.0  # the log p of tokens that no text is to be cut into
+CHINESE = r"[\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f" \
+    r"\U0002b920-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f]"
 # The embedded default reads the standard library and these packages, which requirements.txt installs.
 PACKAGES = "torch numpy tiktoken regex typer rich pytest safetensors"
 # It skips what is hidden or outside (".."), folders of these names, and tests.
 SKIPPED = r"(^|/)(\.|(test|tests|testing|idlelib|site-packages|dist-packages|__pycache__)/"
 SKIPPED += r"|test_[^/]*$|[^/]*_test\.py$|conftest\.py$)"
+# Options of `train`: the algorithms that they are for, and the values of some.
+WORDS = ("wordpiece", "spm-bpe", "unigram")
+USED = {
+    "vocab_size": (("bpe", *WORDS), None),
+    "pattern": (("bpe",), None),
+    "normalizer": (WORDS, {"wordpiece": ("cased", "uncased"), "spm-bpe": ("nfkc",), "unigram": ("nfkc",)}),
+    "coverage": (WORDS, None),
+}
 DATA_FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
 LETTERS = bytes([*range(65, 91), *range(97, 123), *range(128, 256)])  # ASCII letters, all that is not ASCII
 # Files of these names are JSON, one text a line or an array; the others are one text each.
@@ -131,7 +164,7 @@ def parse_json(data: bytes | str, name):
     except (ValueError, RecursionError):
         raise UserError(f"{name} is not JSON") from None
 
-# ---- Byte pair encoding ------------------------------------------------------------------------------------
+# ---- Merges: byte pair encoding, and WordPiece -------------------------------------------------------------
 
 def get_pairs(ids, counts=None, weight=1) -> dict:
     """Count the neighbours.
@@ -158,18 +191,33 @@ def merge(ids: list, pair: tuple, new: int) -> list:
         i += 2 if joined else 1
     return out
 
-def train_bpe_plain(words: dict, n_merges: int) -> list:
-    """Learn merges as the method is told: count all pairs, join the most frequent, repeat.
+def train_plain(words: dict, n_merges: int, n_units: int, wordpiece: bool = False) -> list:
+    """Learn merges as the method is told: count all pairs, join the best, repeat.
 
-    words: piece of text -> how often it occurs. Of equally frequent pairs the smallest ids win.
-    train_bpe_plain({"aab": 1, "ab": 2}, 2) -> [(64, 65), (64, 256)]: "ab" (3 times), then "a" + "ab".
+    words: a word's ids, all below n_units -> how often it occurs. BPE joins the most frequent pair; WordPiece
+    the pair with the largest count(ab) / (count(a) count(b)), which gains most likelihood. Alone that finds
+    letters that are rare and always together, so a pair has to be frequent, too: `least` times, a bound that
+    is halved when no pair reaches it. Of equal pairs the smallest ids win.
+
+    >>> train_plain({(0, 0, 1): 1, (0, 1): 2}, 2, n_units=2)  # "ab" (3 times), then "a" + "ab"
+    [(0, 1), (0, 2)]
     """
-    rows = [(list(word.encode().translate(BYTE_TO_ID)), n) for word, n in words.items()]
+    rows = [(list(word), n) for word, n in words.items()]
     merges = []
-    for new in range(256, 256 + n_merges):
+    least = first_bound(words, n_units + n_merges)
+    while len(merges) < n_merges:
+        new = n_units + len(merges)
         counts = {}
+        tokens = Counter()
         for ids, n in rows:
             get_pairs(ids, counts, n)
+            for i in ids:
+                tokens[i] += n
+        if wordpiece:
+            counts = {(a, b): n / (tokens[a] * tokens[b]) for (a, b), n in counts.items() if n >= least}
+        if not counts and wordpiece and least > 1:
+            least //= 2
+            continue
         if not counts:
             break
         pair = min(counts, key=lambda p: (-counts[p], p))
@@ -177,36 +225,86 @@ def train_bpe_plain(words: dict, n_merges: int) -> list:
         merges.append(pair)
     return merges
 
-def train_bpe(words: dict, n_merges: int, watch=iter) -> tuple[list, int]:
-    """Learn the merges of `train_bpe_plain`, fast; return them and how many tokens they make of the words.
+def first_bound(words: dict, size: int) -> int:
+    """Say how often WordPiece's first pairs have to occur: as often as a token of `size` does on average."""
+    return max(1, sum(words.values()) // size)
 
-    All words lie in one row of cells, a gap after each. A token is written at its ends: head[first cell] and
-    tail[last cell] hold its id, so its neighbours are one step away. For "lower" with "lo" joined:
+class Row:
+    """Hold all words in one row of cells, a gap after each: a merge visits only the places of its pair.
+
+    A token is written at its ends: head[first cell] and tail[last cell] hold its id, so its neighbours are
+    one step away. For "lower" with "lo" joined:
 
         cell   0   1   2   3   4   5   6
         head   .  lo   .   w   e   r   .
         tail   .   .  lo   w   e   r   .
-
-    A merge visits only the cells where its pair stands, and changes only the counts of the pairs around them.
-    watch: wraps the loop, for progress. train_bpe({"aab": 1, "ab": 2}, 2) -> ([(64, 65), (64, 256)], 3)
     """
-    head = [GAP]
-    weight = [0]  # how often the word of a cell occurs
-    counts = defaultdict(int)
-    where = defaultdict(list)  # pair -> its first cells, some of them swallowed since by another merge
-    for word, n in words.items():
-        ids = word.encode().translate(BYTE_TO_ID)
-        for cell, pair in enumerate(pairwise(ids), len(head)):
-            counts[pair] += n
-            where[pair].append(cell)
-        head += [*ids, GAP]
-        weight += [n] * (len(ids) + 1)
-    tail = head.copy()
-    width = [1] * 256  # id -> number of cells
+
+    def __init__(self, words: dict, n_units: int):
+        head = [GAP]
+        weight = [0]  # how often the word of a cell occurs
+        self.counts = counts = defaultdict(int)
+        self.where = where = defaultdict(list)  # pair -> its first cells, some swallowed since by a merge
+        for ids, n in words.items():
+            for cell, pair in enumerate(pairwise(ids), len(head)):
+                counts[pair] += n
+                where[pair].append(cell)
+            head += [*ids, GAP]
+            weight += [n] * (len(ids) + 1)
+        self.head, self.weight = head, weight
+        self.tail = head.copy()
+        self.width = [1] * n_units  # id -> number of cells
+
+    def join(self, a: int, b: int) -> tuple[set, int]:
+        """Make the next id of this pair -> the pairs whose counts changed, how often it was joined."""
+        head, tail, weight, width, counts = self.head, self.tail, self.weight, self.width, self.counts
+        new = len(width)
+        width.append(width[a] + width[b])
+        made = defaultdict(list)
+        fewer = set()
+        joined = 0
+        for first in self.where.pop((a, b)):
+            second = first + width[a]
+            if head[first] != a or head[second] != b:
+                continue
+            n = weight[first]
+            joined += n
+            end = first + width[new]
+            left = tail[first - 1]
+            right = head[end]
+            head[second] = tail[second - 1] = GAP
+            head[first] = tail[end - 1] = new
+            if left != GAP:
+                counts[left, a] -= n
+                counts[left, new] += n
+                made[left, new].append(first - width[left])
+                fewer.add((left, a))
+            if right != GAP:
+                counts[b, right] -= n
+                counts[new, right] += n
+                made[new, right].append(first)
+                fewer.add((b, right))
+        counts[a, b] -= joined
+        self.where.update(made)
+        return fewer | made.keys(), joined
+
+    def n_tokens(self) -> int:
+        return sum(n for i, n in zip(self.head, self.weight, strict=True) if i != GAP)
+
+def train_bpe(words: dict, n_merges: int, n_units: int = 256, watch=iter) -> tuple[list, int]:
+    """Learn the merges of `train_plain`, fast -> (merges, how many tokens they make of the words).
+
+    watch: wraps the loop, for progress.
+
+    >>> train_bpe({(0, 0, 1): 1, (0, 1): 2}, 2, n_units=2)
+    ([(0, 1), (0, 2)], 3)
+    """
+    row = Row(words, n_units)
+    counts = row.counts
     queue = [(-n, pair) for pair, n in counts.items()]  # a heap: most frequent first, then the smallest ids
     heapq.heapify(queue)
     merges = []
-    for new in watch(range(256, 256 + n_merges)):
+    for new in watch(range(n_units, n_units + n_merges)):
         while queue and counts[queue[0][1]] < -queue[0][0]:  # the count fell since this entry was made
             pair = queue[0][1]
             heapq.heapreplace(queue, (-counts[pair], pair))
@@ -214,84 +312,529 @@ def train_bpe(words: dict, n_merges: int, watch=iter) -> tuple[list, int]:
             break
         a, b = heapq.heappop(queue)[1]
         merges.append((a, b))
-        width.append(width[a] + width[b])
-        made = defaultdict(list)
-        for first in where.pop((a, b)):
-            second = first + width[a]
-            if head[first] != a or head[second] != b:
-                continue
-            end = first + width[new]
-            left = tail[first - 1]
-            right = head[end]
-            head[second] = tail[second - 1] = GAP
-            head[first] = tail[end - 1] = new
-            if left != GAP:
-                counts[left, a] -= weight[first]
-                counts[left, new] += weight[first]
-                made[left, new].append(first - width[left])
-            if right != GAP:
-                counts[b, right] -= weight[first]
-                counts[new, right] += weight[first]
-                made[new, right].append(first)
-        for pair in made:
-            heapq.heappush(queue, (-counts[pair], pair))
-        where.update(made)
-    return merges, sum(n for i, n in zip(head, weight, strict=True) if i != GAP)
+        for pair in row.join(a, b)[0]:
+            if new in pair:
+                heapq.heappush(queue, (-counts[pair], pair))
+    return merges, row.n_tokens()
 
-def count_words(texts: list[str], pattern: str) -> Counter:
-    """Count the pieces of the pattern: count_words(["a b b"], "gpt2") -> {"a": 1, " b": 2}"""
-    find = regex.compile(PATTERNS[pattern]).findall
-    # `re` is twice as fast, but knows no Unicode classes: it takes the texts that are plain ASCII.
-    plain = PATTERNS[pattern].replace(r"\p{L}\p{N}", "a-zA-Z0-9")
-    plain = plain.replace(r"\p{L}", "[a-zA-Z]").replace(r"\p{N}", "[0-9]")
-    find_ascii = re.compile(plain, re.ASCII).findall
-    words = Counter()
-    for text in texts:
-        words.update(find_ascii(text) if text.isascii() else find(text))
-    return words
+def train_wordpiece(words: dict, n_merges: int, n_units: int, watch=iter) -> tuple[list, int]:
+    """Learn the merges of `train_plain(..., wordpiece=True)`, fast: one array of scores, mended where counts
+    changed; a heap would not do, as a pair's score rises when its parts become rarer."""
+    row = Row(words, n_units)
+    tokens = Counter()
+    for ids, n in words.items():
+        for i in ids:
+            tokens[i] += n
+    pairs = list(row.counts)
+    place = {pair: k for k, pair in enumerate(pairs)}
+    around = defaultdict(set)  # id -> the places of its pairs
+    score = np.zeros(max(1024, 2 * len(pairs)))
+    least = first_bound(words, n_units + n_merges)
 
-def cut(text: str, size: int) -> list[str]:
-    """Cut a text into parts of `size` characters or more: cut("one two six", 2) -> ["one", " two", " six"]"""
-    # always before the space between two words, where a piece of every pattern begins
-    return re.findall(rf"(?s).{{{size}}}.*?\S(?= \S)|.+", text)
+    def mend(k: int) -> None:
+        a, b = pairs[k]
+        n = row.counts[a, b]
+        score[k] = n / (tokens[a] * tokens[b]) if n >= least else 0
 
-# ---- The tokenizer and its file ----------------------------------------------------------------------------
+    for k, pair in enumerate(pairs):
+        mend(k)
+        around[pair[0]].add(k)
+        around[pair[1]].add(k)
+    merges = []
+    for new in watch(range(n_units, n_units + n_merges)):
+        while (best := score.max()) == 0 and least > 1:
+            least //= 2
+            for k in range(len(pairs)):
+                mend(k)
+        if best == 0:
+            break
+        a, b = min(pairs[k] for k in np.flatnonzero(score == best))
+        merges.append((a, b))
+        changed, joined = row.join(a, b)
+        tokens[new] = joined
+        tokens[a] -= joined
+        tokens[b] -= joined
+        for pair in changed - place.keys():
+            place[pair] = len(pairs)
+            around[pair[0]].add(len(pairs))
+            around[pair[1]].add(len(pairs))
+            pairs.append(pair)
+        if len(pairs) > len(score):
+            score = np.concatenate((score, np.zeros(len(pairs))))
+        for k in around[a] | around[b] | around[new]:
+            mend(k)
+        dead = {k for k in around[a] | around[b] if row.counts[pairs[k]] == 0}
+        around[a] -= dead
+        around[b] -= dead
+    return merges, row.n_tokens()
 
-def bpe_file(merges: list, pattern: str) -> dict:
-    """Describe byte-level BPE as a tokenizer.json: bytes, merges, special tokens."""
+# ---- Unigram -----------------------------------------------------------------------------------------------
+
+class Lattice:
+    """Hold all the ways to cut words into pieces: an edge for each place of each piece (1808.06226).
+
+    Words stand side by side, the longest first, so that those that reach a position are a slice. Node
+    start[j] + w is position j of word w. With all probabilities in numpy, one level of all words at a time, a
+    pass takes as many steps as the longest word has characters.
+    """
+
+    def __init__(self, words: list[str], weights):
+        self.order = sorted(range(len(words)), key=lambda i: -len(words[i]))
+        self.words = [words[i] for i in self.order]
+        self.weights = np.array(weights, dtype=float)[self.order]
+        self.lengths = np.array([len(word) for word in self.words])
+        alive = [int(np.searchsorted(-self.lengths, -j, "right")) for j in range(self.lengths[0] + 1)]
+        self.start = np.cumsum([0, *alive])
+        self.alive = alive
+        self.ends = self.start[self.lengths] + np.arange(len(words))
+
+    def find_pieces(self, longest: int, n_pieces: int) -> list[str]:
+        """List all characters, then the substrings with the most occurrences times length; make the edges.
+
+        Substrings of length k are those of length k - 1 and one character more: a number for each, at each
+        place, by one sort a length. What occurs once cannot occur twice when it is longer.
+        """
+        text = "".join(self.words)
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        word = np.repeat(np.arange(len(self.words)), self.lengths)
+        first = np.repeat(np.cumsum(self.lengths) - self.lengths, self.lengths)
+        at = np.arange(len(text)) - first  # position in the word
+        weights = self.weights[word]
+        left = self.lengths[word] - at
+        places = np.arange(len(text))
+        number = np.zeros(len(text), dtype=np.int64)
+        found = []  # for each length: places, number of each, texts' first places, scores
+        for k in range(1, longest + 1):
+            fits = left[places] >= k
+            places, number = places[fits], number[fits]
+            key = number << 21 | codes[places + k - 1]
+            _, some, number = np.unique(key, return_index=True, return_inverse=True)
+            counts = np.bincount(number, weights[places])
+            kept = (counts >= 2) | (k == 1)
+            renumber = np.cumsum(kept) - 1
+            fits = kept[number]
+            some = places[some[kept]]
+            places, number = places[fits], renumber[number[fits]]
+            found.append((places, number, some, counts[kept] * k))
+        score = np.concatenate([f[3] for f in found[1:]] or [np.zeros(0)])
+        limit = -np.sort(-score)[n_pieces] if len(score) > n_pieces else 0
+        pieces, parts = [], []
+        for k, (places, number, some, score) in enumerate(found, 1):
+            kept = (score > limit) | (k == 1)
+            renumber = np.cumsum(kept) - 1 + len(pieces)
+            pieces += [text[i : i + k] for i in some[kept]]
+            fits = kept[number]
+            places, number = places[fits], number[fits]
+            source = self.start[at[places]] + word[places]
+            target = self.start[at[places] + k] + word[places]
+            parts.append((source, target, renumber[number], np.full(len(places), k)))
+        self.set_edges(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        return pieces
+
+    def set_edges(self, source, target, piece, length) -> None:
+        """Take these edges, in the order of the level where they end."""
+        order = np.argsort(target, kind="stable")
+        self.source, self.target, self.piece, self.length = (
+            column[order].astype(np.int32) for column in (source, target, piece, length))
+        self.by_source = np.argsort(self.source, kind="stable")
+        self.in_levels = np.searchsorted(self.target, self.start)
+        self.out_levels = np.searchsorted(self.source[self.by_source], self.start)
+
+    def keep(self, kept) -> None:
+        """Drop the edges of pieces that are gone, and number the rest anew."""
+        renumber = np.cumsum(kept) - 1
+        fits = kept[self.piece]
+        self.set_edges(self.source[fits], self.target[fits], renumber[self.piece[fits]], self.length[fits])
+
+    def expect(self, p):
+        """Compute how often each piece is expected, by forward and backward sums -> (counts, each word's p).
+
+        A probability is multiplied by SCALE for each character, so that no product of many underflows.
+        """
+        weight = p[self.piece] * SCALE ** self.length.astype(float)
+        forward = np.zeros(self.start[-1])
+        forward[: self.alive[0]] = 1
+        for j in range(1, len(self.alive)):
+            low, high = self.in_levels[j : j + 2]
+            sums = forward[self.source[low:high]] * weight[low:high]
+            place = self.target[low:high] - self.start[j]
+            forward[self.start[j] : self.start[j + 1]] = np.bincount(place, sums, self.alive[j])
+        whole = forward[self.ends]
+        backward = np.zeros(self.start[-1])
+        backward[self.ends] = self.weights / whole
+        for j in range(len(self.alive) - 2, -1, -1):
+            edges = self.by_source[self.out_levels[j] : self.out_levels[j + 1]]
+            sums = backward[self.target[edges]] * weight[edges]
+            place = self.source[edges] - self.start[j]
+            backward[self.start[j] : self.start[j + 1]] += np.bincount(place, sums, self.alive[j])
+        share = forward[self.source] * weight * backward[self.target]
+        return np.bincount(self.piece, share, len(p)), whole
+
+def train_unigram(words: dict, size: int, watch=iter) -> tuple[dict, float]:
+    """Learn pieces and their log probabilities (1804.10959): begin with many, fit them by EM, drop those
+    whose loss costs the text least, until `size` are left -> ({piece: log p}, tokens expected of the words).
+
+    The pieces themselves stand in the lattice beside the words, with weight zero: the probability that the
+    others give to a piece's text, p(text) - p(piece), is what takes its place. All characters stay.
+    """
+    lattice_words = list(words)
+    n_words = len(lattice_words)
+    seeds = Lattice(lattice_words, list(words.values())).find_pieces(LONGEST, SEEDS * size)
+    n_chars = sum(len(piece) == 1 for piece in seeds)
+    size = min(max(size, n_chars), len(seeds))
+    lattice = Lattice(lattice_words + seeds, [*words.values(), *[0] * len(seeds)])
+    pieces = lattice.find_pieces(LONGEST, SEEDS * size)
+    place = np.empty(len(lattice.order), dtype=int)
+    place[lattice.order] = np.arange(len(lattice.order))
+    own = {piece: place[n_words + i] for i, piece in enumerate(seeds)}  # the row of each piece's own text
+    p = np.ones(len(pieces)) / len(pieces)
+    rounds = math.ceil(math.log(max(len(pieces) / size, 1)) / -math.log(0.75)) + 1
+    for _ in watch(range(rounds)):
+        for _ in range(2):
+            counts, whole = lattice.expect(p)
+            p = estimate(counts, pieces)
+        if len(pieces) == size:
+            break
+        counts, whole = lattice.expect(p)
+        rows = np.array([own[piece] for piece in pieces])
+        lengths = np.array([len(piece) for piece in pieces], dtype=float)
+        share = whole[rows] / SCALE**lengths
+        loss = counts * (np.log(p) - np.log(np.maximum(share - p, 1e-300)))
+        loss[lengths == 1] = np.inf
+        left = max(int(0.75 * len(pieces)), size)
+        kept = np.zeros(len(pieces), dtype=bool)
+        kept[np.argsort(-loss, kind="stable")[:left]] = True
+        pieces = [piece for piece, stays in zip(pieces, kept, strict=True) if stays]
+        lattice.keep(kept)
+        p = p[kept] / p[kept].sum()
+    # in steps of 2^-20, sums are exact: ties are ties, whether a text is cut whole or word by word
+    costs = np.round(-np.log(p) / STEP) * STEP
+    ranked = sorted(zip(costs.tolist(), pieces, strict=True))
+    return {piece: -cost for cost, piece in ranked}, float(counts.sum())
+
+def estimate(counts, pieces):
+    """Turn expected counts into probabilities: half an occurrence is taken off, which drops what is rare
+    (near exp(digamma(n)), the variational estimate of SentencePiece)."""
+    p = np.maximum(counts - 0.5, 1e-3)
+    return p / p.sum()
+
+def viterbi(text: str, logp: dict, longest: int, unknown: float) -> list[str]:
+    """Cut a text into the pieces whose log p add up to most; of equal ways the one with the longest last.
+
+    A character that is no piece costs `unknown`.
+    """
+    best = [0.0] + [-math.inf] * len(text)
+    came = [0] * (len(text) + 1)
+    for i in range(len(text)):
+        for j in range(i + 1, min(i + longest, len(text)) + 1):
+            score = logp.get(text[i:j], unknown if j == i + 1 else None)
+            if score is not None and best[i] + score > best[j]:
+                best[j] = best[i] + score
+                came[j] = i
+    pieces = []
+    end = len(text)
+    while end:
+        pieces.append(text[came[end] : end])
+        end = came[end]
+    return pieces[::-1]
+
+def n_best(text: str, logp: dict, longest: int, unknown: float, n: int) -> list[tuple[float, list[str]]]:
+    """List the n likeliest ways to cut a text, (log p, pieces), the best first."""
+    ways = [[(0.0, [])]]
+    for j in range(1, len(text) + 1):
+        found = []
+        for i in range(max(0, j - longest), j):
+            score = logp.get(text[i:j], unknown if j == i + 1 else None)
+            if score is not None:
+                found += [(total + score, [*pieces, text[i:j]]) for total, pieces in ways[i]]
+        ways.append(sorted(found, reverse=True)[:n])
+    return ways[-1]
+
+def sample_pieces(text: str, logp: dict, longest: int, unknown: float, alpha: float, rng) -> list[str]:
+    """Draw a way to cut a text, with p(way)^alpha (subword regularization, 1804.10959): sums go forward,
+    draws backward. alpha 0: all ways alike; large: the best."""
+    total = [0.0]
+    steps = [[]]
+    for j in range(1, len(text) + 1):
+        found = []
+        for i in range(max(0, j - longest), j):
+            score = logp.get(text[i:j], unknown if j == i + 1 else None)
+            if score is not None:
+                found.append((i, total[i] + alpha * score))
+        steps.append(found)
+        top = max(score for _, score in found)
+        total.append(top + math.log(sum(math.exp(score - top) for _, score in found)))
+    pieces = []
+    j = len(text)
+    while j:
+        starts, scores = zip(*steps[j], strict=True)
+        i = rng.choices(starts, [math.exp(score - total[j]) for score in scores])[0]
+        pieces.append(text[i:j])
+        j = i
+    return pieces[::-1]
+
+# ---- Text before it is cut into tokens ---------------------------------------------------------------------
+
+def strip_accents(text: str) -> str:
+    return "".join(c for c in text if unicodedata.category(c)[0] != "M")
+
+def bert_normalizer(step: dict):
+    """Clean a text as BERT does: no control characters, spaces around Chinese ones, plain small letters."""
+
+    def normalize(text: str) -> str:
+        if step["clean_text"]:
+            gone = ("Cc", "Cf", "Co")
+            kept = (c for c in text if c in "\t\n\r" or c != "\ufffd" and unicodedata.category(c) not in gone)
+            text = re.sub(r"\s", " ", "".join(kept))
+        if step["handle_chinese_chars"]:
+            text = re.sub(CHINESE, r" \g<0> ", text)
+        if step["strip_accents"] or step["strip_accents"] is None and step["lowercase"]:
+            text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
+        return lower(text) if step["lowercase"] else text
+
+    return normalize
+
+def lower(text: str) -> str:
+    """Make small letters, each by itself: Python's own `lower` also looks at a letter's neighbours."""
+    return text.lower() if text.isascii() else "".join(map(str.lower, text))
+
+def pattern_of(step: dict) -> str:
+    return step["pattern"]["Regex"] if "Regex" in step["pattern"] else regex.escape(step["pattern"]["String"])
+
+def replace(step: dict):
+    """Replace what a string or a pattern of the file finds."""
+    pattern = regex.compile(pattern_of(step))
+    return lambda text: pattern.sub(lambda match: step["content"], text)
+
+def strip(step: dict):
+    left = regex.compile(r"^\s+" if step["strip_left"] else r"$^")
+    right = regex.compile(r"\s+$" if step["strip_right"] else r"$^")
+    return lambda text: left.sub("", right.sub("", text))
+
+def precompiled(step: dict):
+    """Map characters as SentencePiece's table says: a trie of bytes in a double array (darts-clone), whose
+    leaves point into a string of texts that end with a zero."""
+    data = base64.b64decode(step["precompiled_charsmap"])
+    size = int.from_bytes(data[:4], "little")
+    units = np.frombuffer(data[4 : 4 + size], dtype="<u4").tolist()
+    texts = data[4 + size :]
+
+    def jump(unit: int) -> int:
+        return (unit >> 10) << ((unit & 1 << 9) >> 6)
+
+    @functools.lru_cache(2**16)
+    def transform(part: str) -> str | None:
+        place = jump(units[0])
+        for byte in part.encode():
+            place ^= byte
+            unit = units[place]
+            if byte == 0 or unit & (1 << 31 | 255) != byte:
+                return None
+            place ^= jump(unit)
+            if unit >> 8 & 1:
+                start = units[place] & ~(1 << 31)
+                return texts[start : texts.index(b"\0", start)].decode()
+        return None
+
+    def normalize(text: str) -> str:
+        out = []
+        for cluster in regex.findall(r"\X", text):
+            whole = transform(cluster) if len(cluster.encode()) < 6 else None
+            for c in cluster if whole is None else ():
+                found = transform(c)
+                out.append(c if found is None else found)
+            out.append(whole or "")
+        return "".join(out)
+
+    return normalize
+
+NORMALIZERS = {
+    **dict.fromkeys(("NFC", "NFD", "NFKC", "NFKD"), lambda s: partial(unicodedata.normalize, s["type"])),
+    "Lowercase": lambda step: lower,
+    "StripAccents": lambda step: strip_accents,
+    "Prepend": lambda step: lambda text: step["prepend"] + text if text else text,
+    "Replace": replace,
+    "Strip": strip,
+    "Precompiled": precompiled,
+    "BertNormalizer": bert_normalizer,
+}
+
+def split_at(pattern: str, behavior: str = "Isolated", invert: bool = False):
+    """Cut texts at each place where a pattern is found; behavior: what becomes of what it found."""
+    find = regex.compile(pattern, regex.MULTILINE).finditer
+
+    def cut(text: str) -> list[str]:
+        parts = []  # (text, is it to be cut off?)
+        end = 0
+        for match in find(text):
+            if match.end() > match.start():
+                parts += [(text[end : match.start()], invert), (match.group(), not invert)]
+                end = match.end()
+        parts = [part for part in (*parts, (text[end:], invert)) if part[0]]
+        if behavior == "Removed":
+            return [part for part, found in parts if not found]
+        pieces = []
+        joins = False  # to the piece before?
+        for i, (part, found) in enumerate(parts):
+            before = i > 0 and parts[i - 1][1]
+            if behavior == "MergedWithPrevious":
+                joins = found and i > 0 and not before
+            elif behavior == "MergedWithNext":
+                joins = not found and before
+            elif behavior == "Contiguous":
+                joins = i > 0 and found == before
+            if joins:
+                pieces[-1] += part
+            else:
+                pieces.append(part)
+        return pieces
+
+    return cut
+
+def metaspace(step: dict):
+    """Write spaces as a visible sign, one before the text too, and cut before each."""
+    sign = step["replacement"]
+    never = ("never", "first") if step.get("inside") else ("never",)
+    before = step.get("prepend_scheme", "always") not in never and step.get("add_prefix_space", True)
+    cut = split_at(re.escape(sign), "MergedWithNext") if step.get("split", True) else lambda text: [text]
+
+    def split(text: str) -> list[str]:
+        text = text.replace(" ", sign)
+        return cut(sign + text if before and not text.startswith(sign) else text)
+
+    return split
+
+def byte_level(step: dict):
+    """Cut as GPT-2 does, unless an earlier step has; the bytes are the model's affair."""
+    cut = split_at(PATTERNS["gpt2"]) if step.get("use_regex", True) else lambda text: [text]
+    before = step.get("add_prefix_space", True)
+    return lambda text: cut(" " + text if before and not text.startswith(" ") else text)
+
+def split_step(step: dict):
+    pattern = pattern_of(step)
+    nothing = any(m.start() == m.end() for m in regex.finditer(pattern, "a1 \n.\r\n  'é"))
+    odd = nothing or re.search(r"\{[\d,]*\}\+", pattern)
+    check(not odd, f"the pattern {pattern!r} is not supported: it matches nothing, or repeats a repetition")
+    return split_at(pattern, step["behavior"], step.get("invert", False))
+
+PUNCTUATION = r"[!-/:-@\[-`{-~\p{P}]"
+PRE_TOKENIZERS = {
+    "Split": split_step,
+    "ByteLevel": byte_level,
+    "Metaspace": metaspace,
+    "Digits": lambda step: split_at(r"\p{N}", "Isolated" if step["individual_digits"] else "Contiguous"),
+    "Punctuation": lambda step: split_at(PUNCTUATION, step.get("behavior", "Isolated")),
+    "Whitespace": lambda step: split_at(r"\w+|[^\w\s]+", "Removed", invert=True),
+    "WhitespaceSplit": lambda step: split_at(r"\s", "Removed"),
+    "BertPreTokenizer": lambda step: compose([split_at(r"\s", "Removed"), split_at(PUNCTUATION)]),
+}
+
+def compose(cuts: list):
+    """Make one function of several that cut, one after the other."""
+
+    def cut(text: str) -> list[str]:
+        pieces = [text] if text else []
+        for step in cuts:
+            pieces = [part for piece in pieces for part in step(piece)]
+        return pieces
+
+    return cut
+
+# ---- The tokenizer's file ----------------------------------------------------------------------------------
+
+def describe_tokenizer(model: dict, special: tuple = SPECIAL, **parts) -> dict:
+    """Describe a tokenizer as a tokenizer.json: its model, the special tokens after it, other parts."""
+    spec = json.loads(SKELETON) | parts
+    spec["model"] = model
+    known = vocabulary(model)
+    for name in special:
+        i = known.setdefault(name, len(known))
+        spec["added_tokens"].append({"id": i, "content": name, **json.loads(FLAGS)})
+    return spec
+
+def bpe_file(merges: list, pattern: str, special: tuple = SPECIAL) -> dict:
+    """Describe byte-level BPE: bytes, merges, special tokens."""
     names = list(CHAR.values())
     for a, b in merges:
         names.append(names[a] + names[b])
-    spec = tokenizer_file(names)
-    spec["model"]["merges"] = [[names[a], names[b]] for a, b in merges]
-    spec["decoder"] = json.loads(BYTE_LEVEL)
-    split = json.loads(SPLIT)
-    split["pattern"]["Regex"] = PATTERNS[pattern]
-    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, json.loads(BYTE_LEVEL)]}
+    split = {"type": "Split", "pattern": {"Regex": PATTERNS[pattern]}, "behavior": "Isolated"}
+    split["invert"] = False
+    level = json.loads(BYTE_LEVEL)
+    return describe_tokenizer(
+        bpe_model(names, [[names[a], names[b]] for a, b in merges]), special,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [split, level]}, decoder=level)
+
+def bpe_model(names: list[str], merges: list, **options) -> dict:
+    """Describe BPE that knows these tokens, in the order of their ids."""
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    return model | options | {"vocab": {name: i for i, name in enumerate(names)}, "merges": merges}
+
+def char_file(names: list[str], special: tuple = SPECIAL) -> dict:
+    """Describe a tokenizer with one id a character: BPE that merges nothing."""
+    return describe_tokenizer(bpe_model(names, []), special)
+
+def sentencepiece_file(model: dict, special: tuple, nfkc: bool) -> dict:
+    """Describe a tokenizer that writes a space as a sign, one before the text, and unknown bytes by name."""
+    steps = [{"type": "NFKC"}] * nfkc
+    steps += [{"type": "Prepend", "prepend": SPACE}]
+    steps += [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+    normalizer = {"type": "Sequence", "normalizers": steps}
+    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    ends = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    decoder = {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, ends]}
+    return describe_tokenizer(model, special, normalizer=normalizer, decoder=decoder)
+
+def wordpiece_file(names: list[str], special: tuple, lowercase: bool) -> dict:
+    """Describe WordPiece with BERT's normalizer and pre-tokenizer."""
+    model = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+             "max_input_chars_per_word": 100, "vocab": {name: i for i, name in enumerate(names)}}
+    normalizer = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
+                  "strip_accents": None, "lowercase": lowercase}
+    decoder = {"type": "WordPiece", "prefix": "##", "cleanup": False}
+    return describe_tokenizer(model, special, normalizer=normalizer, decoder=decoder,
+                              pre_tokenizer={"type": "BertPreTokenizer"})
+
+def read_ranks(path: Path) -> dict:
+    """Describe a .tiktoken file, tokens with their ranks, as a tokenizer.json. Pattern and special tokens,
+    which the file does not hold, are known by its name."""
+    pattern, end = RANK_FILES.get(path.stem, (None, None))
+    check(pattern, f"{path.name} does not say which pattern cuts the text: known are {', '.join(RANK_FILES)}")
+    lines = [line.split() for line in path.read_bytes().splitlines() if line]
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    spelled = {token: "".join(map(CHAR.get, token)) for token in ranks}
+    names = {name: ranks[token] for token, name in spelled.items()}
+    merges = []
+    for name in sorted(names, key=names.get):
+        if len(name) > 1:
+            merges.append(list(merge_before(name, names)))
+    odd = [merge for merge in merges if len(merge) != 2]
+    check(not odd, f"no two tokens before it make {''.join(odd[0]) if odd else ''!r}")
+    spec = bpe_file([], pattern, ())
+    spec["model"] |= {"vocab": names, "merges": merges}
+    for token, i in end.items():
+        spec["added_tokens"].append({"id": i, "content": token, **json.loads(FLAGS)})
     return spec
 
-def tokenizer_file(names: list[str]) -> dict:
-    """Describe a tokenizer that has these tokens and the special ones, and merges nothing."""
-    spec = json.loads(SKELETON)
-    spec["model"]["vocab"] = {name: i for i, name in enumerate(names)}
-    for i, name in enumerate(SPECIAL, len(names)):
-        spec["added_tokens"].append({"id": i, "content": name, **json.loads(FLAGS)})
-    return spec
+def vocabulary(model: dict) -> dict:
+    """Read {token: id} of a file's model: Unigram's is a list of (token, log p), the others' is that."""
+    if model.get("type") == "Unigram":
+        return {name: i for i, (name, _) in enumerate(model["vocab"])}
+    return dict(model["vocab"])
 
 def read_ids(spec: dict) -> dict:
     """Read {token: id}; refuse, by name, what a tokenizer.json may not ask for, and ids that cannot be."""
     model = spec["model"]
     added = spec.get("added_tokens", [])
-    kind = model.get("type", "BPE")
-    check(kind == "BPE", f"tokenizers of the type {kind} are not supported yet")
-    for part in (spec, model, *added):
-        for option in UNSUPPORTED.split():
+    prefixed = () if model.get("type") == "WordPiece" else ("continuing_subword_prefix",)
+    for part in (spec, model):
+        for option in (*UNSUPPORTED, *prefixed):
             check(not part.get(option), f"the option {option} is not supported yet")
-    ids = dict(model["vocab"])
+    ids = vocabulary(model)
     free = len(ids)
     for token in added:  # `tokenizers` gives it its id in the vocabulary, or the next that is free
         name = token["content"]
-        expected = ids.setdefault(name, free)
+        expected = ids.setdefault(name, max(free, token["id"]))
         check(name and token["id"] == expected, f"the added token {name!r} has to have the id {expected}")
         free = max(free, expected + 1)
     for name, i in ids.items():
@@ -299,120 +842,348 @@ def read_ids(spec: dict) -> dict:
     check(len(set(ids.values())) == len(ids), "two tokens have the same id")
     return ids
 
-def steps_of(spec: dict, part: str, known: tuple) -> list:
+def steps_of(spec: dict, part: str, known) -> list:
     """List the steps of a part of the file: none, one, or a Sequence's; refuse by name those not known."""
     found = spec.get(part) or {"type": "Sequence"}
-    lists = [value for value in found.values() if isinstance(value, list)]
-    steps = sum(lists, []) if found["type"] == "Sequence" else [found]
+    steps = [found]
+    while any(step["type"] == "Sequence" for step in steps):  # they may be nested
+        inner = [[s for v in step.values() if isinstance(v, list) for s in v] if step["type"] == "Sequence"
+                 else [step] for step in steps]
+        steps = sum(inner, [])
     for step in steps:
         check(step["type"] in known, f"the {part} {step} is not supported yet")
     return steps
 
-def char_codec(spec: dict):
-    """Read a file with one id a character: return {id: bytes} and a function from text to ids."""
+# ---- Words to ids, for each kind of model ------------------------------------------------------------------
+
+# A codec reads a file -> {id: bytes} and a function from a piece of text to ids.
+
+class Memory(dict):
+    """Remember what a function gave for a word: most words of a text come again."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def __missing__(self, word):
+        if len(self) > 2**18:
+            self.clear()
+        self[word] = self.function(word)
+        return self[word]
+
+def bytes_codec(spec: dict, pattern: str | None):
+    """Read BPE on bytes; tiktoken merges. pattern: cuts a piece further."""
     vocab = spec["model"]["vocab"]
-    check(set(map(len, vocab)) <= {1}, "a BPE tokenizer without merges has to have single characters only")
-    check(not spec["model"].get("unk_token"), "the option unk_token is not supported for characters")
-
-    def encode(text: str) -> list[int]:
-        try:
-            return [vocab[c] for c in text]
-        except KeyError as e:
-            raise UserError(f"the character {e} is not in the vocabulary of this tokenizer") from None
-
-    return {i: c.encode() for c, i in vocab.items()}, encode
-
-def bpe_codec(spec: dict):
-    """Read a file of BPE on bytes: return {id: bytes} and a function from text to ids, by tiktoken."""
-    vocab = spec["model"]["vocab"]
-    names = read_merges(spec)
+    names = read_merges(spec, list(CHAR.values()))
     ids = np.array([vocab[name] for name in names], dtype=np.uint32)
     ranks = {bytes(map(BYTE.get, name)): rank for rank, name in enumerate(names)}
-    pattern = read_pattern(spec)
-    encoding = tiktoken.Encoding("octavo", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-
-    def encode(text: str) -> np.ndarray:
-        try:
-            return ids[encoding.encode_to_numpy(text, disallowed_special=())]
-        except ValueError:  # the pattern's backtracking is limited
-            raise UserError("a million spaces in a row are too many for tiktoken: cut the text") from None
-
+    encoding = make_encoding(ranks, pattern or r"[\s\S]+")
     tokens = {}
     for name, i in vocab.items():  # a token that is not spelled in bytes stands for itself
         tokens[i] = bytes(map(BYTE.get, name)) if set(name) <= BYTE.keys() else name.encode()
-    return tokens, encode
+    return tokens, lambda text: ids[merge_text(encoding, text)]
 
-def read_merges(spec: dict) -> list[str]:
-    """List the bytes and what the merges make of them, in the order of their ranks.
+def make_encoding(ranks: dict, pattern: str):
+    return tiktoken.Encoding("octavo", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
-    A tokenizer.json ranks pairs, tiktoken ranks tokens. The ids are the same if each token, spelled in bytes
-    and merged by those before it, ends as a pair that is listed for it.
+def merge_text(encoding, text: str) -> np.ndarray:
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except ValueError:  # the pattern's backtracking is limited
+        raise UserError("a million spaces in a row are too many for tiktoken: cut the text") from None
+
+def chars_codec(spec: dict):
+    """Read BPE on characters; tiktoken merges here too: first the bytes of each character, then as listed.
+
+    A character without an id is written as the ids of its bytes, or as the unknown token.
+    """
+    model = spec["model"]
+    vocab = model["vocab"]
+    chars = [name for name in vocab if len(name) == 1]
+    names = read_merges(spec, chars)
+    ranks = {bytes([b]): b for b in range(256)}
+    for c in chars:
+        for end in range(2, len(c.encode()) + 1):
+            ranks.setdefault(c.encode()[:end], len(ranks))
+    for name in names[len(chars) :]:
+        ranks.setdefault(name.encode(), len(ranks))
+    parts = list(ranks)
+    spelled = {name.encode(): vocab[name] for name in names}
+    ids = np.array([spelled.get(part, -1) for part in parts])
+    encoding = make_encoding(ranks, cut_pattern(names))
+
+    def encode(text: str) -> np.ndarray:
+        found = merge_text(encoding, text)
+        known = ids[found]
+        if (known >= 0).all():
+            return known
+        groups = groupby(zip(known.tolist(), found.tolist(), strict=True), lambda pair: pair[0] >= 0)
+        out = []
+        for there, pairs in groups:
+            if there:
+                out += [i for i, _ in pairs]
+            else:
+                out += unknown_ids(model, vocab, b"".join(parts[rank] for _, rank in pairs).decode())
+        return np.array(out)
+
+    return tokens_of(model), encode
+
+def tokens_of(model: dict) -> dict:
+    """Spell the tokens of a model that writes spaces as a sign -> {id: bytes}."""
+    byte = r"<0x([0-9A-F]{2})>" if model.get("byte_fallback") else r"$^"
+    tokens = {}
+    for name, i in vocabulary(model).items():
+        match = re.fullmatch(byte, name)
+        tokens[i] = bytes.fromhex(match[1]) if match else name.encode()
+    return tokens
+
+def unknown_ids(model: dict, vocab: dict, text: str) -> list[int]:
+    """Spell characters that have no id: by their bytes, or by the unknown token."""
+    out = []
+    for c in text:
+        ids = [vocab.get(f"<0x{b:02X}>") for b in c.encode()] if model.get("byte_fallback") else [None]
+        if None in ids:
+            unknown = vocab.get(model.get("unk_token"))
+            check(unknown is not None, f"the character {c!r} is not in the vocabulary of this tokenizer")
+            ids = [] if out[-1:] == [unknown] and model.get("fuse_unk") else [unknown]
+        out += ids
+    return out
+
+def cut_pattern(names: list[str]) -> str:
+    """Find the finest pattern that cuts no token: words that are cut there can be encoded one by one."""
+    if all(len(name) == 1 for name in names):
+        return r"[\s\S]"
+    for pattern in (PATTERNS["words"], r" *[^ ]+| +"):
+        pattern = pattern.replace(" ", SPACE)
+        find = regex.compile(pattern).findall
+        if all(len(find(name)) == 1 for name in names):
+            return pattern
+    return r"[\s\S]+"
+
+def wordpiece_codec(spec: dict):
+    """Read WordPiece: of a word the longest piece that is a token, then of the rest, and so on."""
+    model = spec["model"]
+    vocab = model["vocab"]
+    prefix = model["continuing_subword_prefix"]
+    unknown = vocab[model["unk_token"]]
+
+    def encode(word: str) -> list[int]:
+        ids = []
+        start = 0
+        while start < len(word) and len(word) <= model["max_input_chars_per_word"]:
+            before = prefix if start else ""
+            ends = range(len(word), start, -1)
+            end = next((end for end in ends if before + word[start:end] in vocab), None)
+            if end is None:
+                return [unknown]
+            ids.append(vocab[before + word[start:end]])
+            start = end
+        return ids or [unknown]
+
+    tokens = {}
+    for name, i in vocab.items():
+        tokens[i] = name.removeprefix(prefix).encode() if name.startswith(prefix) else b" " + name.encode()
+    return tokens, Memory(encode).__getitem__
+
+class Unigram:
+    """Read Unigram: the likeliest way to cut a piece, word by word where no token goes across."""
+
+    def __init__(self, spec: dict):
+        model = spec["model"]
+        self.ids = vocabulary(model)
+        unknown = model.get("unk_id")
+        special = {token["content"] for token in spec.get("added_tokens", [])}  # never out of ordinary text
+        logp = {name: score for i, (name, score) in enumerate(model["vocab"]) if i != unknown}
+        logp = {name: score for name, score in logp.items() if name not in special}
+        self.costs = (logp, max(map(len, logp)), min(logp.values()) - 10)  # the last: of an unknown character
+        name = None if unknown is None else model["vocab"][unknown][0]
+        self.fallback = model | {"fuse_unk": True, "unk_token": name}
+        exact = all(score % STEP == 0 for score in logp.values())
+        names = [name for name in logp if not re.fullmatch("<0x..>", name)]
+        self.find = regex.compile(cut_pattern(names) if exact else r"[\s\S]+").findall
+        self.words = Memory(lambda word: viterbi(word, *self.costs))
+
+    def __call__(self, text: str) -> list[int]:
+        return self.number([piece for word in self.find(text) for piece in self.words[word]])
+
+    def number(self, pieces: list[str]) -> list[int]:
+        """Give pieces their ids, and characters without one those of their bytes, or of the unknown token."""
+        out = []
+        for known, group in groupby(pieces, self.costs[0].__contains__):
+            parts = list(group)
+            out += map(self.ids.get, parts) if known else unknown_ids(self.fallback, self.ids, "".join(parts))
+        return out
+
+def unigram_codec(spec: dict):
+    return tokens_of(spec["model"]), Unigram(spec)
+
+def read_merges(spec: dict, alphabet: list[str]) -> list[str]:
+    """List the alphabet and what the merges make of it, in the order of their ranks.
+
+    A tokenizer.json ranks pairs, tiktoken ranks tokens. The ids are the same if each token, spelled in the
+    alphabet and merged by those before it, ends as a pair that is listed for it.
     """
     vocab = spec["model"]["vocab"]
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in spec["model"]["merges"]]
     made = [name for name, _ in groupby(a + b for a, b in pairs)]  # several pairs may make one token
-    names = [*CHAR.values(), *made]
+    names = [*alphabet, *made]
     lacks = [name for name in names if name not in vocab]
-    check(not lacks, f"only BPE on all 256 bytes is supported: the vocabulary lacks {lacks[:1]}")
+    check(not lacks, f"merges of what the vocabulary has not are not supported: it lacks {lacks[:1]}")
     rank = {name: i for i, name in enumerate(names)}
     listed = set(pairs)
     odd = [name for name in made if merge_before(name, rank) not in listed]
     ordered = not odd and len(rank) == len(names)
     check(ordered, f"merges in an order of their own are not supported: see {odd[:1]}")
-    other = vocab.keys() - names - {token["content"] for token in spec.get("added_tokens", [])}
+    added = {token["content"] for token in spec.get("added_tokens", [])}
+    other = [name for name in vocab.keys() - rank.keys() - added if not re.fullmatch("<0x..>", name)]
     refused = other and spec["model"].get("ignore_merges")
-    check(not refused, f"the option ignore_merges is not supported where no merge makes {other}")
+    check(not refused, f"the option ignore_merges is not supported where no merge makes {other[:1]}")
     return names
 
 def merge_before(name: str, rank: dict) -> tuple:
-    """Merge the bytes of a token by all tokens before it, and return the parts: two where all is well."""
+    """Merge the letters of a token by all tokens before it -> the parts: two where all is well."""
     parts = list(name)
     own = rank[name]
     while len(parts) > 1:
         first, i = min((rank.get(a + b, own), i) for i, (a, b) in enumerate(pairwise(parts)))
-        if first == own:
+        if first >= own:
             break
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return tuple(parts)
 
-def read_pattern(spec: dict) -> str:
-    """Find the one regular expression that a file's pre-tokenizer amounts to."""
-    steps = steps_of(spec, "pre_tokenizer", ("Split", "ByteLevel"))
+def one_pattern(spec: dict) -> str | None:
+    """Find the one regular expression that a byte-level file's pre-tokenizer amounts to: tiktoken's way."""
+    steps = steps_of(spec, "pre_tokenizer", PRE_TOKENIZERS)
     asked = []
     for step in steps:
         form = (step["type"], step.get("use_regex", True), step.get("add_prefix_space", False))
-        asked.append((*form, step.get("behavior")))
-    if asked == [("ByteLevel", True, False, None)]:
+        asked.append((*form, step.get("behavior"), step.get("invert", False)))
+    if asked == [("ByteLevel", True, False, None, False)]:
         return PATTERNS["gpt2"]
-    known = asked == [("Split", True, False, "Isolated"), ("ByteLevel", False, False, None)]
+    known = asked == [("Split", True, False, "Isolated", False), ("ByteLevel", False, False, None, False)]
     pattern = steps[0]["pattern"].get("Regex") if known else None
-    check(pattern is not None, f"the pre_tokenizer {spec.get('pre_tokenizer')} is not supported yet")
-    if pattern in PATTERNS.values():
+    if pattern is None or pattern in PATTERNS.values():
         return pattern
-    odd = "" in regex.findall(pattern, "a1 \n.\r\n  'é") or re.search(r"\{[\d,]*\}\+", pattern)
-    check(not odd, f"the pattern {pattern!r} is not supported: it matches nothing, or repeats a repetition")
+    if "" in regex.findall(pattern, "a1 \n.\r\n  'é") or re.search(r"\{[\d,]*\}\+", pattern):
+        return None
     # Hugging Face keeps what lies between two matches as a piece, tiktoken would drop it; and its ^ and $ are
     # those of any line.
     return rf"(?m:{pattern})|(?:(?!(?m:{pattern}))[\s\S])+"
 
-def find_tokens(tokens: dict, text: str) -> list[tuple]:
-    """Cut tokens out of a text: find_tokens({"<a>": 7}, "x<a>") -> [("x", None), ("<a>", 7)]"""
-    if not tokens:
+def find_tokens(added: list[dict], text: str) -> list[tuple]:
+    """Cut added tokens out of a text: [{"content": "<a>", "id": 7}], "x<a>" -> [("x", None), ("<a>", 7)]"""
+    if not added:
         return [(text, None)]
-    longest_first = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
-    return [(piece, tokens.get(piece)) for piece in re.split(f"({longest_first})", text) if piece]
+    forms = []
+    for token in sorted(added, key=lambda token: -len(token["content"])):  # the longest first
+        form = re.escape(token["content"])
+        form = rf"(?<!\w){form}(?!\w)" if token.get("single_word") else form
+        form = rf"\s*{form}" if token.get("lstrip") else form
+        forms.append(f"({form})" + r"\s*" * bool(token.get("rstrip")))
+    order = sorted(added, key=lambda token: -len(token["content"]))
+    pieces = []
+    end = 0
+    for match in re.finditer("|".join(forms), text):
+        pieces += [(text[end : match.start()], None), (match.group(), order[match.lastindex - 1]["id"])]
+        end = match.end()
+    return [piece for piece in (*pieces, (text[end:], None)) if piece[0]]
+
+POST_PROCESSORS = ("TemplateProcessing", "ByteLevel", "BertProcessing", "RobertaProcessing")
 
 def read_frame(spec: dict) -> tuple[tuple, tuple]:
     """Find the ids that a file's post-processor puts before and after a text."""
-    steps = steps_of(spec, "post_processor", ("TemplateProcessing", "ByteLevel"))
-    templates = [step for step in steps if step["type"] == "TemplateProcessing"]  # ByteLevel's adds nothing
+    steps = steps_of(spec, "post_processor", POST_PROCESSORS)
+    steps = [step for step in steps if step["type"] != "ByteLevel"]  # which adds nothing
+    check(len(steps) < 2, "several steps of the post_processor are not supported yet")
+    for step in steps:
+        if "cls" in step:
+            return (step["cls"][1],), (step["sep"][1],)
     frame = []
-    for part in templates[0]["single"] if templates else [{"Sequence": "A"}]:
+    for part in steps[0]["single"] if steps else [{"Sequence": "A"}]:
         name = part.get("SpecialToken", {}).get("id")
-        frame += templates[0]["special_tokens"][name]["ids"] if name else [None]
-    check(len(templates) < 2 and frame.count(None) == 1, "the post_processor takes the text more than once")
+        frame += steps[0]["special_tokens"][name]["ids"] if name else [None]
+    check(frame.count(None) == 1, "the post_processor takes the text more than once")
     place = frame.index(None)
     return tuple(frame[:place]), tuple(frame[place + 1 :])
+
+DECODERS = ("ByteLevel", "Fuse", "Replace", "ByteFallback", "Strip", "Metaspace", "WordPiece")
+
+def read_decoder(spec: dict) -> tuple[str | None, bool]:
+    """Find how a file's decoder writes tokens -> (the sign for a space, does it drop the first space?)."""
+    steps = steps_of(spec, "decoder", DECODERS)
+    check(steps, "a tokenizer without a decoder is not supported")
+    sign = None
+    first = False
+    for step in steps:
+        fits = True
+        if step["type"] == "Replace":
+            fits = step["content"] == " " and "String" in step["pattern"]
+            sign = step["pattern"].get("String")
+        elif step["type"] == "Metaspace":
+            sign = step["replacement"]
+            first = step.get("prepend_scheme", "always") != "never"
+        elif step["type"] == "Strip":
+            fits = (step["content"], step["start"], step["stop"]) == (" ", 1, 0)
+            first = True
+        elif step["type"] == "WordPiece":  # its cleaning up ("a ." to "a.") is for people and left out
+            first = True
+        check(fits, f"the decoder {step} is not supported yet")
+    return sign, first
+
+# ---- Conversations -----------------------------------------------------------------------------------------
+
+INST = (  # Llama 2 and Mistral: the system's words are part of the first user's
+    "{% set said = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{% set said.system = SYSTEM %}{% elif m['role'] == 'assistant' %}{{ ANSWER }}"
+    "{% else %}{{ BEGIN + '[INST] ' + said.system + m['content'] + ' [/INST]' }}{% set said.system = '' %}"
+    "{% endif %}{% endfor %}"
+)
+TURNS = (  # a header and an end for each turn
+    "{% for m in messages %}{{ HEAD + m['content'] + END }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ REPLY }}{% endif %}"
+)
+
+def fill_in(template: str, **parts: str) -> str:
+    for name, expression in parts.items():
+        template = template.replace(name, expression)
+    return template
+
+CHAT_FORMATS = {  # name: the Jinja template, the special tokens that it spells, the one that ends a turn
+    "chatml": (fill_in(
+        TURNS, HEAD=r"'<|im_start|>' + m['role'] + '\n'", END=r"'<|im_end|>\n'",
+        REPLY=r"'<|im_start|>assistant\n'"), ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
+    "llama2": (fill_in(
+        INST, SYSTEM=r"'<<SYS>>\n' + m['content'] + '\n<</SYS>>\n\n'", BEGIN="'<s>'",
+        ANSWER="' ' + m['content'] + ' </s>'"), ("<s>", "</s>"), "</s>"),
+    "mistral": ("{{ '<s>' }}" + fill_in(
+        INST, SYSTEM=r"m['content'] + '\n\n'", BEGIN="''", ANSWER="' ' + m['content'] + '</s>'"),
+        ("<s>", "</s>", "[INST]", "[/INST]"), "</s>"),
+    "llama3": ("{{ '<|begin_of_text|>' }}" + fill_in(
+        TURNS, HEAD=r"'<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'", END="'<|eot_id|>'",
+        REPLY=r"'<|start_header_id|>assistant<|end_header_id|>\n\n'"),
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>"),
+    "gemma": ("{{ '<bos>' }}" + fill_in(
+        TURNS, HEAD=r"'<start_of_turn>' + ('model' if m['role'] == 'assistant' else 'user') + '\n'",
+        END=r"'<end_of_turn>\n'", REPLY=r"'<start_of_turn>model\n'"),
+        ("<bos>", "<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
+    "phi3": (fill_in(
+        TURNS, HEAD=r"'<|' + m['role'] + '|>\n'", END=r"'<|end|>\n'", REPLY=r"'<|assistant|>\n'"),
+        ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"), "<|end|>"),
+}
+
+def compile_template(text: str):
+    """Compile a chat template in Jinja's sandbox: it comes from outside."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = raise_exception
+    return environment.from_string(text)
+
+# ---- The tokenizer -----------------------------------------------------------------------------------------
 
 class Tokenizer:
     """Turn text into ids and back, as a tokenizer.json and the settings beside it in a folder say.
@@ -420,7 +1191,8 @@ class Tokenizer:
     special: {text: id} of the special tokens. Ordinary text never gives them: whoever wants them names them.
     prefix, suffix: the ids that belong before and after a text, () where there are none; encode adds none.
     names: {"eos_token": text, ...} as the folder says, those that the vocabulary has.
-    chat_template: the folder's own, or None. eot_id, pad_id, mask_id, im_start_id, im_end_id: ids, or None.
+    chat_template: the folder's own, ChatML where it has none and the tokens are there, or None.
+    eot_id, pad_id, mask_id, im_start_id, im_end_id (the end of a turn in another format): ids, or None.
     token_bytes: the bytes of each id, n_vocab of them.
     """
 
@@ -428,33 +1200,51 @@ class Tokenizer:
         self.spec = spec
         self.ids = read_ids(spec)
         added = spec.get("added_tokens", [])
-        characters = not spec.get("pre_tokenizer") and not spec["model"]["merges"]
-        tokens, self.encode_words = char_codec(spec) if characters else bpe_codec(spec)
+        steps = steps_of(spec, "pre_tokenizer", PRE_TOKENIZERS)
+        on_bytes = any(step["type"] == "ByteLevel" for step in steps)
+        kind = spec["model"].get("type", "BPE")
+        pattern = one_pattern(spec) if on_bytes else None
+        if kind == "BPE" and on_bytes:
+            tokens, self.encode_words = bytes_codec(spec, pattern)
+        else:
+            check(kind in CODECS, f"tokenizers of the type {kind} are not supported")
+            tokens, self.encode_words = CODECS[kind](spec)
+        steps = [] if pattern else steps
+        self.cut = compose([PRE_TOKENIZERS[step["type"]](step) for step in steps])
+        inside = [step | {"inside": True} for step in steps]  # of a text, after a special token
+        self.cut_inside = compose([PRE_TOKENIZERS[step["type"]](step) for step in inside])
+        sign, self.drops_space = read_decoder(spec)
+        decoded = any(step["type"] == "ByteLevel" for step in steps_of(spec, "decoder", DECODERS))
+        check(decoded == (kind == "BPE" and on_bytes), "pre_tokenizer and decoder do not fit together")
+        if sign:
+            tokens = {i: token.replace(sign.encode(), b" ") for i, token in tokens.items()}
         tokens |= {token["id"]: token["content"].encode() for token in added}
-        decoder = steps_of(spec, "decoder", ("Fuse",) if characters else ("ByteLevel",))
-        check(len(decoder) == 1, "a tokenizer without a decoder is not supported")
         self.prefix, self.suffix = read_frame(spec)
-        nfc = steps_of(spec, "normalizer", ("NFC",))
-        self.normalize = partial(unicodedata.normalize, "NFC") if nfc else str
+        steps = steps_of(spec, "normalizer", NORMALIZERS)
+        self.normalizers = [NORMALIZERS[step["type"]](step) for step in steps]
         self.special = {token["content"]: token["id"] for token in added if token["special"]}
         # Tokens that ordinary text gives are found in the text as it is, or after the normalizer.
         plain = [token for token in added if not token["special"]]
-        self.raw = {token["content"]: token["id"] for token in plain if not token["normalized"]}
-        self.normalized = {self.normalize(t["content"]): t["id"] for t in plain if t["normalized"]}
+        self.raw = [token for token in plain if not token["normalized"]]
+        self.normalized = [t | {"content": self.normalize(t["content"])} for t in plain if t["normalized"]]
+        self.added = {token["content"]: token for token in added}
         self.n_vocab = max(tokens) + 1
         self.token_bytes = [tokens.get(i, b"") for i in range(self.n_vocab)]  # a file may leave an id out
         named = map(self.ids.get, SPECIAL[:5])  # None where the file has no such token
         self.eot_id, self.pad_id, self.mask_id, self.im_start_id, self.im_end_id = named
-        self.names, self.chat_template = {}, None
+        self.names = {}
+        self.compiled = None, None
+        self.chat_template = CHAT_FORMATS["chatml"][0] if self.im_end_id and self.im_start_id else None
 
     @classmethod
     def load(cls, path) -> Tokenizer:
-        """Load a folder's tokenizer and what lies beside it, or a tokenizer.json alone."""
+        """Load a folder's tokenizer and what lies beside it, or a tokenizer.json or .tiktoken file alone."""
         folder = Path(path)
         path = folder / "tokenizer.json" if folder.is_dir() else folder
         check(path.is_file(), f"there is no tokenizer at {path}")
         try:
-            tokenizer = cls(parse_json(path.read_bytes(), path))
+            ranks = path.suffix == ".tiktoken"
+            tokenizer = cls(read_ranks(path) if ranks else parse_json(path.read_bytes(), path))
             if folder.is_dir():
                 tokenizer.read_settings(folder)
             return tokenizer
@@ -479,7 +1269,10 @@ class Tokenizer:
         path = folder / "chat_template.jinja"
         template = without_mark(path.read_bytes()).decode() if path.is_file() else template
         check(isinstance(template, str | None), "chat_template is no text")
-        self.chat_template = template
+        self.chat_template = template or self.chat_template
+        for known, _, end in CHAT_FORMATS.values():
+            if known == template:
+                self.im_end_id = self.ids.get(end)
         if self.eot_id is None:
             self.eot_id = self.ids.get(self.names.get("eos_token"))
 
@@ -491,6 +1284,11 @@ class Tokenizer:
         beside.write_text(f"{text}\n", encoding="utf-8", newline="\n")
         os.replace(beside, path)
 
+    def normalize(self, text: str) -> str:
+        for step in self.normalizers:
+            text = step(text)
+        return text
+
     def encode(self, text: str, special=()) -> list[int]:
         """Encode a text. special: "all", a name or names of special tokens that the text may spell out."""
         names = self.special if special == "all" else [special] if isinstance(special, str) else special
@@ -499,15 +1297,33 @@ class Tokenizer:
         return self.encode_array(text, names).tolist()
 
     def encode_array(self, text: str, special=()) -> np.ndarray:
-        """Encode a text as uint32; in several threads at once where it is BPE. special: names."""
+        """Encode a text as uint32; in several threads at once. special: names."""
         whole = text.isascii() or not re.search("[\ud800-\udfff]", text)
         check(whole, "the text is not UTF-8: a character is cut in half, or a byte is none")
         rows = [np.empty(0, np.uint32)]
-        for piece, i in find_tokens(self.raw | {name: self.special[name] for name in special}, text):
+        for piece, i in find_tokens([*self.raw, *(self.added[name] for name in special)], text):
             parts = [("", i)] if i is not None else find_tokens(self.normalized, self.normalize(piece))
             for part, i in parts:
-                rows.append(np.array(self.encode_words(part) if i is None else [i], dtype=np.uint32))
+                words = self.cut(part) if len(rows) == 1 else self.cut_inside(part)
+                for word in words if i is None else ():
+                    rows.append(np.asarray(self.encode_words(word), dtype=np.uint32))
+                if i is not None:
+                    rows.append(np.array([i], dtype=np.uint32))
         return np.concatenate(rows)
+
+    def encode_ways(self, text: str, n: int | None, alpha: float, rng) -> list[list[int]]:
+        """Encode an ordinary text in other ways: the n likeliest, or one drawn, as Unigram can."""
+        model = self.encode_words
+        check(isinstance(model, Unigram), "only a unigram tokenizer knows several ways to cut a text")
+        ways = [(0.0, [])]
+        for piece in self.cut(self.normalize(text)):
+            if n:
+                found = n_best(piece, *model.costs, n)
+            else:
+                found = [(0.0, sample_pieces(piece, *model.costs, alpha, rng))]
+            ways = [(p + q, ids + model.number(pieces)) for p, ids in ways for q, pieces in found]
+            ways = sorted(ways, reverse=True)[: n or 1]
+        return [ids for _, ids in ways]
 
     def decode_bytes(self, ids) -> bytes:
         """Decode ids to their exact bytes; special tokens to their names."""
@@ -517,25 +1333,266 @@ class Tokenizer:
         return b"".join([self.token_bytes[i] for i in ids])
 
     def decode(self, ids) -> str:
-        """Decode ids to text; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode(errors="replace")
+        """Decode the ids of a text; bytes that are not UTF-8 become U+FFFD."""
+        text = self.decode_bytes(ids).decode(errors="replace")
+        return text.removeprefix(" ") if self.drops_space else text
 
-def train_tokenizer(texts: list, algorithm="bpe", vocab_size=4096, pattern="gpt4"):
-    """Learn a tokenizer from texts; return it and how many tokens it makes of them."""
-    if algorithm == "char":
-        return Tokenizer(tokenizer_file(sorted(set().union(*texts)))), sum(map(len, texts))
-    pieces = [piece for text in texts for piece in cut(text, 20_000)]
-    n = 1 + sum(map(len, pieces)) // 4_000_000
-    parts = [pieces[i::n] for i in range(n)]
+    def render(self, messages: list[dict], reply: bool = False) -> tuple[list[int], list[bool]]:
+        """Turn [{"role", "content"}, ...] into ids by the chat template -> (ids, is it the assistant's?).
+
+        The end of the assistant's turn counts as its own: fine-tuning trains it. reply: end with the header
+        of the assistant's turn. Content is ordinary text: a user who writes <|im_end|> ends nothing. What
+        stands between contents is encoded apart from them, so a prompt is always how its answer's
+        conversation begins; where content begins with white space that the tokenizer would join to the
+        header's line break, the ids are not those of the whole text encoded at once.
+        """
+        check(self.chat_template, "This tokenizer was not made for conversations: no chat template.")
+        ids = []
+        own = []
+        after_text = False
+        for run, written in self.spell(messages, reply):
+            if isinstance(run, str):
+                joined = after_text and self.drops_space and run.startswith(" ")
+                piece = self.encode_array(run[joined:]).tolist()  # whose normalizer puts a space before
+            else:
+                piece = [run]
+            after_text = isinstance(run, str)
+            ids += piece
+            own += [written] * len(piece)
+        return ids, own
+
+    def spell(self, messages: list[dict], reply: bool) -> list[tuple]:
+        """Spell a conversation -> (text, or the id of a special token; did the assistant write it?).
+
+        The template is asked with a mark in the place of each content: so what stands between them is known,
+        and special tokens are found there only.
+        """
+        from jinja2 import TemplateError
+
+        marks = [m | {"content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
+        asked = {}  # answer -> what stands before it
+        try:
+            if self.compiled[0] != self.chat_template:
+                self.compiled = self.chat_template, compile_template(self.chat_template)
+            fill = partial(self.compiled[1].render, **self.names)
+            text = fill(messages=marks, add_generation_prompt=reply)
+            whole = fill(messages=messages, add_generation_prompt=reply)
+            for i, m in enumerate(messages):
+                if m["role"] == "assistant":
+                    asked[i] = fill(messages=marks[:i], add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            raise UserError(f"The chat template does not take this conversation: {error}.") from None
+        contents = [m["content"] for m in messages]
+        if fill_marks(text, contents) != whole:  # some templates trim
+            contents = [content.strip() for content in contents]
+        fits = [int(i) for i in re.findall(MARK, text)] == list(range(len(messages)))
+        fits = fits and fill_marks(text, contents) == whole and all(map(text.startswith, asked.values()))
+        check(fits, "The chat template changes or leaves out messages, which is not supported.")
+        return self.take_apart(text, contents, asked)
+
+    def take_apart(self, text: str, contents: list[str], asked: dict) -> list[tuple]:
+        """Cut a text with marks at special tokens, and where the assistant begins and ends."""
+        special = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)"
+        runs = []
+        end = 0
+        answered = False  # does the assistant's content stand before?
+        for i in range(len(contents) + 1):
+            start = text.index(f"\ue000{i}\ue001") if i < len(contents) else len(text)
+            head = text[end:start]
+            stop = re.match(rf"\s*(?:{special})", head) if answered else None
+            stop = stop.end() if stop else 0
+            begin = len(asked[i]) - end if i in asked else len(head)
+            for part, written in ((head[:stop], True), (head[stop:begin], False), (head[begin:], True)):
+                runs += [(self.special.get(p, p), written) for p in re.split(f"({special})", part) if p]
+            answered = i in asked
+            if i < len(contents):
+                runs.append((contents[i], answered))
+                end = start + len(f"\ue000{i}\ue001")
+        joined = []
+        for (text, written), group in groupby(runs, lambda run: (isinstance(run[0], str), run[1])):
+            found = [run for run, _ in group]
+            joined += [("".join(found), written)] if text else [(i, written) for i in found]
+        return joined
+
+MARK = "\ue000(\\d+)\ue001"
+
+def fill_marks(text: str, contents: list[str]) -> str:
+    """Put each message's content in the place of its mark."""
+    return re.sub(MARK, lambda match: contents[int(match[1])], text)
+
+# ---- Learning a tokenizer ----------------------------------------------------------------------------------
+
+def count_words(texts: list[str], pattern: str, prepare=str) -> Counter:
+    """Count the pieces of the pattern: count_words(["a b b"], "gpt2") -> {"a": 1, " b": 2}"""
+    find = regex.compile(PATTERNS[pattern]).findall
+    # `re` is twice as fast, but knows no Unicode classes: it takes the texts that are plain ASCII.
+    plain = PATTERNS[pattern].replace(r"\p{L}\p{M}", "a-zA-Z").replace(r"\p{L}\p{N}", "a-zA-Z0-9")
+    plain = plain.replace(r"\p{L}", "[a-zA-Z]").replace(r"\p{N}", "[0-9]")
+    find_ascii = re.compile(plain, re.ASCII).findall
     words = Counter()
-    for counts in compute(partial(count_words, pattern=pattern), parts, "counting words", processes=True):
+    for text in texts:
+        text = prepare(text)
+        words.update(find_ascii(text) if text.isascii() else find(text))
+    return words
+
+def count_pieces(texts: list[str], spec: dict) -> Counter:
+    """Count the words that a file's normalizer and pre-tokenizer make of texts."""
+    tokenizer = Tokenizer(spec)
+    words = Counter()
+    for text in texts:
+        words.update(tokenizer.cut(tokenizer.normalize(text)))
+    return words
+
+def cut(text: str, size: int) -> list[str]:
+    """Cut a text into parts of `size` characters or more: cut("one two six", 2) -> ["one", " two", " six"]"""
+    # always before the space between two words, where a piece of every pattern begins
+    return re.findall(rf"(?s).{{{size}}}.*?\S(?= \S)|.+", text)
+
+def spaced(text: str, nfkc: bool) -> str:
+    """Prepare a part of a text for SentencePiece's words: with the space that is written before a text."""
+    text = unicodedata.normalize("NFKC", text) if nfkc else text
+    return text.replace(SPACE, " ") if text.startswith(" ") else " " + text.replace(SPACE, " ")
+
+def count_parts(texts, count, what: str) -> Counter:
+    """Count words over all cores, a few megabytes at a time."""
+    words = Counter()
+    for counts in compute(count, list(batched(cut_all(texts), 4_000_000)), what, processes=True):
         words.update(counts)
-    n_merges = vocab_size - LEAST_VOCAB + 1
-    merges, n_tokens = train_bpe(words, n_merges, lambda steps: track(steps, "merging", n_merges))
-    tokenizer = Tokenizer(bpe_file(merges, pattern))
-    if len(merges) < n_merges:
-        say(f"warning: the text gives {len(merges)} merges only, so there are {tokenizer.n_vocab} tokens")
+    return words
+
+def cut_all(texts):
+    for text in texts:
+        yield from cut(text, 20_000)
+
+def batched(texts, size: int):
+    """Group texts to lists of some `size` characters."""
+    batch = []
+    room = size
+    for text in texts:
+        batch.append(text)
+        room -= len(text)
+        if room <= 0:
+            yield batch
+            batch = []
+            room = size
+    if batch:
+        yield batch
+
+def choose_alphabet(words: dict, coverage: float) -> list[str]:
+    """List the characters that make up this share of the text, the most frequent first."""
+    counts = Counter()
+    for word, n in words.items():
+        for c in word:
+            counts[c] += n
+    room = coverage * sum(counts.values())
+    kept = []
+    for c, n in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])):
+        if room <= 0:
+            break
+        kept.append(c)
+        room -= n
+    return kept
+
+def train_tokenizer(texts, algorithm="bpe", vocab_size=4096, pattern="gpt4", normalizer=None, coverage=0.9995,
+                    special=(), chat="chatml"):
+    """Learn a tokenizer from texts, an iterable that is read once -> it, how many tokens it makes of them.
+
+    special: tokens beside the usual ones. chat: the format of conversations, whose tokens it gets.
+    """
+    names = tuple(dict.fromkeys((*SPECIAL, *CHAT_FORMATS[chat][1], *special)))
+    learn = {"bpe": learn_bpe, "byte": learn_bytes, "char": learn_chars, "wordpiece": learn_wordpiece,
+             "spm-bpe": learn_sentencepiece, "unigram": learn_sentencepiece}[algorithm]
+    if algorithm == "unigram":
+        learn = partial(learn, unigram=True)
+    options = {"vocab_size": vocab_size, "pattern": pattern, "normalizer": normalizer, "coverage": coverage}
+    spec, n_tokens = learn(texts, names, **options)
+    tokenizer = Tokenizer(spec)
+    if algorithm not in ("byte", "char") and tokenizer.n_vocab < vocab_size:
+        say(f"warning: the text gives {tokenizer.n_vocab} ids only, {vocab_size} were asked for")
     return tokenizer, n_tokens
+
+def learn_bytes(texts, special, **options):
+    return bpe_file([], "gpt4", special), sum(len(text.encode()) for text in texts)
+
+def learn_chars(texts, special, **options):
+    counts = Counter()
+    for text in texts:
+        counts.update(text)
+    return char_file(sorted(counts), special), counts.total()
+
+def merging(n_merges: int):
+    return lambda steps: track(steps, "merging", n_merges)
+
+def learn_bpe(texts, special, vocab_size, pattern, **options):
+    """Learn byte-level BPE."""
+    n_merges = vocab_size - 256 - len(special)
+    words = count_parts(texts, partial(count_words, pattern=pattern), "counting words")
+    merges, n_tokens = train_bpe(in_bytes(words), n_merges, watch=merging(n_merges))
+    return bpe_file(merges, pattern, special), n_tokens
+
+def in_bytes(words: dict) -> dict:
+    """Spell words as the ids of their bytes."""
+    return {word.encode().translate(BYTE_TO_ID): n for word, n in words.items()}
+
+def learn_wordpiece(texts, special, vocab_size, normalizer, coverage, **options):
+    """Learn WordPiece: of each character one token for a word's first place, one for the others."""
+    spec = wordpiece_file(["[UNK]"], special, normalizer != "cased")
+    words = count_parts(texts, partial(count_pieces, spec=spec), "counting words")
+    chars = sorted(choose_alphabet(words, coverage))
+    first = sorted({word[0] for word in words} & set(chars))
+    rest = sorted({c for word in words for c in word[1:]} & set(chars))
+    names = [*first, *(f"##{c}" for c in rest)]
+    enough = vocab_size > len(names) + len(special) + 1
+    check(enough, f"{vocab_size} ids are too few for {len(names)} characters: give a larger --vocab-size")
+    number = {name: i for i, name in enumerate(names)}
+    rows = {}
+    for word, n in words.items():
+        ids = tuple(number.get(f"##{c}" if i else c) for i, c in enumerate(word))
+        if None not in ids:
+            rows[ids] = n
+    n_merges = vocab_size - len(names) - len(special) - 1
+    merges, n_tokens = train_wordpiece(rows, n_merges, len(names), merging(n_merges))
+    for a, b in merges:
+        names.append(names[a] + names[b].removeprefix("##"))
+    spec = wordpiece_file(list(dict.fromkeys(["[UNK]", *names])), special, normalizer != "cased")
+    return spec, n_tokens
+
+def learn_sentencepiece(texts, special, vocab_size, normalizer, coverage, unigram=False, **options):
+    """Learn SentencePiece's BPE or Unigram: on characters, a space is one of them, rare ones become bytes."""
+    nfkc = normalizer == "nfkc"
+    found = count_parts(texts, partial(count_words, pattern="words", prepare=partial(spaced, nfkc=nfkc)),
+                        "counting words")
+    words = Counter()
+    for word, n in found.items():
+        for start in range(0, len(word), LONGEST_WORD):
+            words[word[start : start + LONGEST_WORD].replace(" ", SPACE)] += n
+    alphabet = choose_alphabet(words, coverage)
+    base = ["<unk>", *(f"<0x{b:02X}>" for b in range(256))]
+    room = vocab_size - len(base) - len(special)
+    check(room > len(alphabet), f"{vocab_size} ids are too few for {len(alphabet)} characters and 256 bytes: "
+          "give a larger --vocab-size, or a smaller --coverage")
+    known = set(alphabet)
+    parts = Counter()
+    for word, n in words.items():
+        for there, cs in groupby(word, known.__contains__):
+            if there:
+                parts["".join(cs)] += n
+    if unigram:
+        logp, n_tokens = train_unigram(parts, room, lambda steps: track(steps, "fitting", len(steps)))
+        vocab = [[name, RARE_PIECE] for name in base] + [[piece, p] for piece, p in logp.items()]
+        model = {"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": True}
+    else:
+        number = {c: i for i, c in enumerate(alphabet)}
+        rows = {tuple(map(number.get, word)): n for word, n in parts.items()}
+        merges, n_tokens = train_bpe(rows, room - len(alphabet), len(alphabet), merging(room - len(alphabet)))
+        names = list(alphabet)
+        for a, b in merges:
+            names.append(names[a] + names[b])
+        pairs = [[names[a], names[b]] for a, b in merges]
+        model = bpe_model([*base, *names], pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    return sentencepiece_file(model, special, nfkc), round(n_tokens)
+
+CODECS = {"BPE": chars_codec, "WordPiece": wordpiece_codec, "Unigram": unigram_codec}
 
 # ---- Documents: found, read, filtered, split ---------------------------------------------------------------
 
@@ -708,15 +1765,19 @@ def say(text: str):
 def train(
     inputs: Annotated[list[str], typer.Option("--input", help="Text, folder or .jsonl; can be repeated.")],
     output: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
-    algorithm: Annotated[Literal["bpe", "char"], typer.Option(help="BPE (default) or characters.")] = None,
-    vocab_size: Annotated[int, typer.Option(help="bpe: all ids, special tokens too; 4096.")] = None,
+    algorithm: Annotated[Algorithm, typer.Option(help="How tokens are learned; bpe.")] = None,
+    vocab_size: Annotated[int, typer.Option(help="All ids, special tokens too; 4096.")] = None,
     pattern: Annotated[Literal["gpt2", "gpt4"], typer.Option(help="bpe: how text is cut; gpt4.")] = None,
+    normalizer: Annotated[Normalizer, typer.Option(help="nfkc: spm-bpe, unigram; others: wordpiece.")] = None,
+    coverage: Annotated[float, typer.Option(help="Share of the text with characters of its own.")] = None,
+    special: Annotated[list[str], typer.Option(help="One more special token; can be repeated.")] = (),
+    chat: Annotated[Chat, typer.Option(help="How conversations are spelled; chatml.")] = None,
     field: Annotated[str, typer.Option(help="JSON files: the field that holds the text.")] = "text",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ):
     """Learn a tokenizer from text."""
     files = find_files(inputs)
-    options = choose_tokenizer(None, algorithm, vocab_size, pattern)
+    options = choose_tokenizer(None, algorithm, vocab_size, pattern, normalizer, coverage, special, chat)
     ours = not output.exists() or (output.is_file() and b'"added_tokens"' in output.read_bytes())
     check_output(output, ours, overwrite or not output.exists(), files)
     documents, _, _ = read_documents(files, field)
@@ -730,12 +1791,21 @@ def encode(
     tokenizer: Annotated[Path, typer.Option(help="A tokenizer.json, or a folder that holds one.")],
     text: Annotated[str, typer.Argument(help="The text; by default standard input.")] = None,
     special: Annotated[list[str], typer.Option(help="Special token that the text may spell, or: all.")] = (),
+    n_best: Annotated[int, typer.Option(help="unigram: so many ways to cut, the best first.")] = None,
+    sample: Annotated[float, typer.Option(help="unigram: draw a way, by p to this power (0.1).")] = None,
+    seed: Annotated[int, typer.Option(help="Of --sample.")] = 0,
 ):
     """Print the ids of a text as one JSON list."""
     tok = Tokenizer.load(tokenizer)
     if text is None:
         text = without_mark(sys.stdin.buffer.read()).decode(errors="surrogateescape")
-    print(json.dumps(tok.encode(text, "all" if "all" in special else special)))
+    if n_best is None and sample is None:
+        print(json.dumps(tok.encode(text, "all" if "all" in special else special)))
+        return
+    check(n_best is None or 1 <= n_best <= 1000, "--n-best is a number from 1 to 1000")
+    check(sample is None or 0 <= sample < 1000, "--sample is a number from 0, all ways alike, to 1000")
+    for ids in tok.encode_ways(text, n_best, sample, random.Random(seed)):
+        print(json.dumps(ids))
 
 def decode(
     tokenizer: Annotated[Path, typer.Option(help="A tokenizer.json, or a folder that holds one.")],
@@ -752,7 +1822,7 @@ def prepare(
     inputs: Annotated[list[str], typer.Argument(help="File, folder, NAME=PATH; else this Python.")] = None,
     output: Annotated[Path, typer.Option(help="Folder to write; else data/ and the source's name.")] = None,
     tokenizer: Annotated[Path, typer.Option(help="Use this tokenizer.json instead of learning one.")] = None,
-    algorithm: Annotated[Literal["bpe", "char"], typer.Option(help="BPE (default) or characters.")] = None,
+    algorithm: Annotated[Algorithm, typer.Option(help="How: bpe by default.")] = None,
     vocab_size: Annotated[int, typer.Option(help="bpe: all ids, special tokens too; 4096.")] = None,
     pattern: Annotated[Literal["gpt2", "gpt4"], typer.Option(help="bpe: how text is cut; gpt4.")] = None,
     val_fraction: Annotated[float, typer.Option(help="Share of the bytes for validation, 0 to 1.")] = 0.1,
@@ -837,17 +1907,28 @@ def show_meta(output: Path, meta: dict):
     dropped = {reason: n["documents"] for reason, n in meta["filters"].items() if n["documents"]}
     say("dropped: " + (", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "nothing"))
 
-def choose_tokenizer(tokenizer: Path | None, algorithm, vocab_size, pattern) -> dict:
-    """Collect the options that make a tokenizer, and refuse or name those that would do nothing."""
-    options = {"algorithm": algorithm, "vocab_size": vocab_size, "pattern": pattern}
+def choose_tokenizer(tokenizer: Path | None, algorithm, vocab_size, pattern, normalizer=None, coverage=None,
+                     special=(), chat=None) -> dict:
+    """Collect the options that make a tokenizer, and refuse those that would do nothing."""
+    options = {"algorithm": algorithm, "vocab_size": vocab_size, "pattern": pattern, "normalizer": normalizer,
+               "coverage": coverage, "special": tuple(special) or None, "chat": chat}
     options = {name: value for name, value in options.items() if value is not None}
     free = not (tokenizer and options)
-    check(free, "--tokenizer says it all: leave out --algorithm, --vocab-size and --pattern")
-    if algorithm == "char" and len(options) > 1:
-        say("--vocab-size and --pattern are for bpe alone: left out")
-        return {"algorithm": algorithm}
-    fits = LEAST_VOCAB <= options.get("vocab_size", LEAST_VOCAB) < 2**24
-    check(fits, f"--vocab-size {vocab_size} is out of range: at least {LEAST_VOCAB}, below 2^24")
+    given = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+    check(free, f"--tokenizer says it all: leave out {given}")
+    kind = algorithm or "bpe"
+    for name in USED.keys() & options.keys():
+        kinds, values = USED[name]
+        flag = f"--{name.replace('_', '-')}"
+        check(kind in kinds, f"{flag} is for {', '.join(kinds)}, not for {kind}: leave it out")
+        fits = values is None or options[name] in values[kind]
+        check(fits, f"{flag} {options[name]} is not for {kind}")
+    check(0 < options.get("coverage", 1) <= 1, f"--coverage {coverage} is not between 0 and 1")
+    least = LEAST_VOCAB if kind == "bpe" else len(SPECIAL) + 2
+    check(least <= options.get("vocab_size", least) < 2**24,
+          f"--vocab-size {vocab_size} is out of range: at least {least}, below 2^24")
+    empty = [name for name in special if not name.strip()]
+    check(not empty, "--special has to be a text")
     return {"tokenizer": tokenizer} if tokenizer else options
 
 def check_output(output: Path, ours: bool, free: bool, files: list):

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,8 +105,10 @@ def random_strings(n: int, seed: int = 0) -> list[str]:
     for _ in range(n):
         parts = []
         for _ in range(rng.randint(1, 12)):
-            c = rng.randrange(0x110000 - 0x800)
-            parts.append(rng.choice(traps) if rng.random() < 0.6 else chr(c if c < 0xD800 else c + 0x800))
+            c = chr(rng.randrange(0x110000))
+            while unicodedata.category(c) in ("Cs", "Cn"):  # what is not assigned yet, libraries know or do not
+                c = chr(rng.randrange(0x110000))
+            parts.append(rng.choice(traps) if rng.random() < 0.6 else c)
         out.append("".join(parts))
     return out
 
@@ -131,11 +134,12 @@ def char():
 def test_worked_examples_of_the_docstrings():
     assert tk.get_pairs([1, 2, 3, 1, 2]) == {(1, 2): 2, (2, 3): 1, (3, 1): 1}
     assert tk.merge([1, 2, 3, 1, 2], (1, 2), 4) == [4, 3, 4]
-    assert tk.train_bpe_plain({"aab": 1, "ab": 2}, 2) == [(64, 65), (64, 256)]
-    assert tk.train_bpe({"aab": 1, "ab": 2}, 2) == ([(64, 65), (64, 256)], 3)
+    words = tk.in_bytes({"aab": 1, "ab": 2})
+    assert tk.train_plain(words, 2, 256) == [(64, 65), (64, 256)]
+    assert tk.train_bpe(words, 2) == ([(64, 65), (64, 256)], 3)
     assert tk.count_words(["a b b"], "gpt2") == {"a": 1, " b": 2}
     assert tk.cut("one two six", 2) == ["one", " two", " six"]
-    assert tk.find_tokens({"<a>": 7}, "x<a>") == [("x", None), ("<a>", 7)]
+    assert tk.find_tokens([{"content": "<a>", "id": 7}], "x<a>") == [("x", None), ("<a>", 7)]
 
 
 def test_chapter_lower_lower_lower_lowest():
@@ -149,7 +153,7 @@ def test_chapter_lower_lower_lower_lowest():
         assert counts[pair] == max(counts.values())  # each step of the chapter is a most frequent pair
         rows = [(tk.merge(symbols, pair, "".join(pair)), n) for symbols, n in rows]
     assert [symbols for symbols, _ in rows] == [["lower"], ["lowe", "s", "t"]]
-    tokenizer = tk.Tokenizer(tk.bpe_file(tk.train_bpe(words, 4)[0], "gpt2"))
+    tokenizer = tk.Tokenizer(tk.bpe_file(tk.train_bpe(tk.in_bytes(words), 4)[0], "gpt2"))
     for symbols, _ in rows:
         assert [tokenizer.token_bytes[i].decode() for i in tokenizer.encode("".join(symbols))] == symbols
 
@@ -164,8 +168,8 @@ def test_fast_training_equals_plain_training(seed):
     rng = random.Random(seed)
     letters = "ab" if seed % 2 else "abcé "
     words = {"".join(rng.choices(letters, k=rng.randint(1, 12))): rng.randint(1, 9) for _ in range(20)}
-    merges, n_tokens = tk.train_bpe(words, 40)
-    assert merges == tk.train_bpe_plain(words, 40)
+    merges, n_tokens = tk.train_bpe(tk.in_bytes(words), 40)
+    assert merges == tk.train_plain(tk.in_bytes(words), 40, 256)
     for i, pair in enumerate(merges):
         words = {tuple(tk.merge(list(ids_of(word)), pair, 256 + i)): n for word, n in words.items()}
     assert n_tokens == sum(len(ids_of(word)) * n for word, n in words.items())
@@ -177,7 +181,7 @@ def test_no_words_no_merges():
 
 @pytest.mark.parametrize("word", ["a", "aa", "aaa", "aaaa", "aaaaa", "abab", "aabaab", "abababa"])
 def test_overlapping_pairs(word):
-    assert tk.train_bpe({word: 3}, 9)[0] == tk.train_bpe_plain({word: 3}, 9)
+    assert tk.train_bpe(tk.in_bytes({word: 3}), 9)[0] == tk.train_plain(tk.in_bytes({word: 3}), 9, 256)
 
 
 def train_rust(texts, n_vocab, pattern):
@@ -286,7 +290,7 @@ def test_files_of_tokenizers_are_read(pattern, tmp_path):
 
 def test_an_unusual_split_pattern_loses_nothing(tmp_path):
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is in requirements-dev.txt")
-    spec = tk.bpe_file(tk.train_bpe({"hello": 2, "12": 3}, 5)[0], "gpt4")
+    spec = tk.bpe_file(tk.train_bpe(tk.in_bytes({"hello": 2, "12": 3}), 5)[0], "gpt4")
     spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = (
         "[a-z]+"  # leaves digits and spaces unmatched
     )
@@ -337,18 +341,18 @@ def test_unknown_ids_are_refused(bpe):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda s: s["model"].update(type="WordPiece"), "WordPiece"),
-        (lambda s: s["model"].update(type="Unigram"), "Unigram"),
-        (lambda s: s["model"].update(byte_fallback=True), "byte_fallback"),
-        (lambda s: s.update(normalizer={"type": "NFKC"}), "NFKC"),
-        (lambda s: s.update(pre_tokenizer={"type": "Metaspace"}), "Metaspace"),
-        (lambda s: s["added_tokens"][0].update(lstrip=True), "lstrip"),
+        (lambda s: s["model"].update(type="WordLevel"), "WordLevel"),
+        (lambda s: s["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
+        (lambda s: s["model"].update(continuing_subword_prefix="##"), "continuing_subword_prefix"),
+        (lambda s: s.update(normalizer={"type": "Nmt"}), "Nmt"),
+        (lambda s: s.update(pre_tokenizer={"type": "UnicodeScripts"}), "UnicodeScripts"),
+        (lambda s: s.update(decoder={"type": "CTC"}), "CTC"),
         (lambda s: s["model"]["vocab"].update({"ĠĠ": s["model"]["vocab"].pop("Ġ")}), "Ġ"),
         (lambda s: s.pop("model"), "tokenizer.json"),
     ],
 )
 def test_what_is_not_supported_is_named(tmp_path, change, named):
-    spec = tk.bpe_file(tk.train_bpe({"hello": 2}, 2)[0], "gpt4")
+    spec = tk.bpe_file(tk.train_bpe(tk.in_bytes({"hello": 2}), 2)[0], "gpt4")
     change(spec)
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(tk.UserError, match=re.escape(named)):
@@ -360,7 +364,7 @@ def test_what_is_not_supported_is_named(tmp_path, change, named):
 
 def small_spec(pattern="gpt4", merges=80):
     """Describe a small BPE whose file the tests then change."""
-    return tk.bpe_file(tk.train_bpe(tk.count_words(TEXTS, pattern), merges)[0], pattern)
+    return tk.bpe_file(tk.train_bpe(tk.in_bytes(tk.count_words(TEXTS, pattern)), merges)[0], pattern)
 
 
 def add_token(spec, content, i=None, **flags):
@@ -418,7 +422,7 @@ def test_defaults_of_the_format(tmp_path):
     ([["a", "b"], ["b", "c"], ["a", "bc"], ["ab", "c"]], True),  # several pairs for one token, as Llama 3 has
 ])  # fmt: skip
 def test_merges_in_an_order_of_their_own(tmp_path, merges, fine):
-    spec = tk.tokenizer_file([*tk.CHAR.values(), *dict.fromkeys(a + b for a, b in merges)])
+    spec = tk.char_file([*tk.CHAR.values(), *dict.fromkeys(a + b for a, b in merges)])
     spec["model"]["merges"] = merges
     level = json.loads(tk.BYTE_LEVEL)
     spec |= {"decoder": level, "pre_tokenizer": level | {"use_regex": True}}
@@ -475,7 +479,12 @@ def test_a_form_gives_their_ids_or_is_refused(tmp_path, change):
         assert "tokenizer.json that can be used" in str(error) and "damaged" not in str(error), error
         return
     for text in [TEXTS[0][:3000], "12345 a\nb1\n2 #x word", *random_strings(300)]:
-        assert ours.encode(text) == theirs.encode(text).ids, text
+        try:
+            ids = ours.encode(text)
+        except tk.UserError as error:  # theirs drops it without a word
+            assert "not in the vocabulary" in str(error)
+            continue
+        assert ids == theirs.encode(text).ids, text
         assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text).ids, skip_special_tokens=False)
 
 
@@ -533,7 +542,6 @@ def test_what_the_post_processor_puts_around_a_text(tmp_path, processor):
     assert {name: ours.special[name] for name in IDS} == IDS
     for text in "", "def f(x):\n":
         assert [*ours.prefix, *ours.encode(text), *ours.suffix] == theirs.encode(text).ids
-    assert processor is None or "BertProcessing" not in str(processor)
 
 
 @pytest.mark.parametrize("settings", [
@@ -566,7 +574,8 @@ def test_names_and_the_chat_template_of_a_folder(tmp_path):
     spec = small_spec()
     spec["added_tokens"][0]["content"] = "</s>"
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    assert (tk.Tokenizer.load(tmp_path).chat_template, tk.Tokenizer.load(tmp_path).eot_id) == (None, None)
+    bare = tk.Tokenizer.load(tmp_path)
+    assert (bare.chat_template, bare.eot_id) == (tk.CHAT_FORMATS["chatml"][0], None)
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "</s>", "unk_token": "<unk>", "pad_token": null}')
     ours = tk.Tokenizer.load(tmp_path)
     assert ours.names == {"eos_token": "</s>"} and ours.eot_id == 336
@@ -584,13 +593,12 @@ def test_names_and_the_chat_template_of_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    lambda s: s.update(pre_tokenizer={"type": "Whitespace"}),
+    lambda s: s.update(pre_tokenizer={"type": "UnicodeScripts"}),
     lambda s: s.update(decoder=json.loads(tk.BYTE_LEVEL)),
-    lambda s: s["model"].update(unk_token="a"),
     lambda s: s["model"]["vocab"].update({"ab": 1}),
 ])  # fmt: skip
 def test_what_a_character_file_cannot_say(tmp_path, change):
-    spec = tk.tokenizer_file(list("abc "))
+    spec = tk.char_file(list("abc "))
     change(spec)
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(tk.UserError):
@@ -625,8 +633,8 @@ def test_no_text_is_lost_and_none_makes_a_special_token(bpe, text):
 @quick
 @hypothesis.given(words=some.dictionaries(some.text("abé ", min_size=1, max_size=9), some.integers(1, 9)), n=some.integers(0, 60))
 def test_whatever_is_learned_is_learned_plainly_and_read_back(words, n):
-    merges, n_tokens = tk.train_bpe(words, n)
-    assert merges == tk.train_bpe_plain(words, n)
+    merges, n_tokens = tk.train_bpe(tk.in_bytes(words), n)
+    assert merges == tk.train_plain(tk.in_bytes(words), n, 256)
     tokenizer = tk.Tokenizer(tk.bpe_file(merges, "gpt2"))  # refuses merges that tiktoken could not follow
     for word in words:
         assert tokenizer.decode(tokenizer.encode(word)) == word
@@ -1017,8 +1025,8 @@ def test_options_that_would_do_nothing_are_refused(tmp_path):
         assert b"--tokenizer" in told and option[0].encode() in told
     for option in ["--vocab-size", 400], ["--pattern", "gpt2"]:
         for command in ["prepare", "a.txt", "--output", "c"], ["train", "--input", "a.txt", "--output", "t.json"]:
-            told = run(*command, "--algorithm", "char", *option, "--overwrite", cwd=tmp_path).stderr
-            assert b"for bpe alone: left out" in told
+            told = run(*command, "--algorithm", "char", *option, "--overwrite", cwd=tmp_path, code=2).stderr
+            assert f"{option[0]} is for bpe".encode() in told
     assert b"--field body" in run("prepare", "a.txt", "--field", "body", code=2, cwd=tmp_path).stderr
     for option in ["--vocab-size", "0"], ["--vocab-size", "-5"], ["--val-fraction", "nan"], ["--val-fraction", "-inf"], ["--val-fraction", "0"], ["--seed", -(10**26)]:
         assert option[0] in run("prepare", "a.txt", *option, code=2, cwd=tmp_path).stderr.decode()
@@ -1119,8 +1127,8 @@ def test_a_full_disk_gets_a_sentence_and_leaves_nothing(corpus, tmp_path):
 def test_too_little_text_for_the_merges_is_a_warning(tmp_path):
     (tmp_path / "a.txt").write_text("lower lower lower lowest")
     done = run("train", "--input", tmp_path / "a.txt", "--output", tmp_path / "t.json")
-    made = len(tk.Tokenizer.load(tmp_path / "t.json").spec["model"]["merges"])
-    assert f"warning: the text gives {made} merges only" in done.stderr.decode() and 5 < made < 20
+    made = tk.Tokenizer.load(tmp_path / "t.json").n_vocab
+    assert f"warning: the text gives {made} ids only" in done.stderr.decode() and 272 < made < 290
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
