@@ -103,6 +103,7 @@ SKELETON = """{"version": "1.0", "truncation": null, "padding": null, "added_tok
 FLAGS = '{"single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}'
 BYTE_LEVEL = '{"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}'
 GAP = -1  # stands between two words, where no pair is counted
+START, AFTER_TOKEN, INSIDE = range(3)  # where a text begins: some tokenizers write a space before it
 SPACE = "\u2581"  # the sign that SentencePiece writes for a space
 LONGEST = 16  # characters of a piece of Unigram
 LONGEST_WORD = 48  # characters: longer words are cut, for learning only
@@ -598,6 +599,9 @@ def lower(text: str) -> str:
     """Make small letters, each by itself: Python's own `lower` also looks at a letter's neighbours."""
     return text.lower() if text.isascii() else "".join(map(str.lower, text))
 
+def prepend(before: str, text: str) -> str:
+    return before + text if text else text
+
 def pattern_of(step: dict) -> str:
     return step["pattern"]["Regex"] if "Regex" in step["pattern"] else regex.escape(step["pattern"]["String"])
 
@@ -652,7 +656,7 @@ NORMALIZERS = {
     **dict.fromkeys(("NFC", "NFD", "NFKC", "NFKD"), lambda s: partial(unicodedata.normalize, s["type"])),
     "Lowercase": lambda step: lower,
     "StripAccents": lambda step: strip_accents,
-    "Prepend": lambda step: lambda text: step["prepend"] + text if text else text,
+    "Prepend": lambda step: partial(prepend, step["prepend"] if step["place"] < INSIDE else ""),
     "Replace": replace,
     "Strip": strip,
     "Precompiled": precompiled,
@@ -694,8 +698,8 @@ def split_at(pattern: str, behavior: str = "Isolated", invert: bool = False):
 def metaspace(step: dict):
     """Write spaces as a visible sign, one before the text too, and cut before each."""
     sign = step["replacement"]
-    never = ("never", "first") if step.get("inside") else ("never",)
-    before = step.get("prepend_scheme", "always") not in never and step.get("add_prefix_space", True)
+    scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+    before = step["place"] < {"always": INSIDE, "first": AFTER_TOKEN, "never": START}[scheme]
     cut = split_at(re.escape(sign), "MergedWithNext") if step.get("split", True) else lambda text: [text]
 
     def split(text: str) -> list[str]:
@@ -1209,10 +1213,13 @@ class Tokenizer:
         else:
             check(kind in CODECS, f"tokenizers of the type {kind} are not supported")
             tokens, self.encode_words = CODECS[kind](spec)
-        steps = [] if pattern else steps
-        self.cut = compose([PRE_TOKENIZERS[step["type"]](step) for step in steps])
-        inside = [step | {"inside": True} for step in steps]  # of a text, after a special token
-        self.cut_inside = compose([PRE_TOKENIZERS[step["type"]](step) for step in inside])
+        normalizers = steps_of(spec, "normalizer", NORMALIZERS)
+        self.normalizers = []  # for each place
+        self.cuts = []
+        for place in (START, AFTER_TOKEN, INSIDE):
+            self.normalizers.append([NORMALIZERS[s["type"]](s | {"place": place}) for s in normalizers])
+            cuts = [] if pattern else [PRE_TOKENIZERS[s["type"]](s | {"place": place}) for s in steps]
+            self.cuts.append(compose(cuts))
         sign, self.drops_space = read_decoder(spec)
         decoded = any(step["type"] == "ByteLevel" for step in steps_of(spec, "decoder", DECODERS))
         check(decoded == (kind == "BPE" and on_bytes), "pre_tokenizer and decoder do not fit together")
@@ -1220,8 +1227,6 @@ class Tokenizer:
             tokens = {i: token.replace(sign.encode(), b" ") for i, token in tokens.items()}
         tokens |= {token["id"]: token["content"].encode() for token in added}
         self.prefix, self.suffix = read_frame(spec)
-        steps = steps_of(spec, "normalizer", NORMALIZERS)
-        self.normalizers = [NORMALIZERS[step["type"]](step) for step in steps]
         self.special = {token["content"]: token["id"] for token in added if token["special"]}
         # Tokens that ordinary text gives are found in the text as it is, or after the normalizer.
         plain = [token for token in added if not token["special"]]
@@ -1284,10 +1289,14 @@ class Tokenizer:
         beside.write_text(f"{text}\n", encoding="utf-8", newline="\n")
         os.replace(beside, path)
 
-    def normalize(self, text: str) -> str:
-        for step in self.normalizers:
+    def normalize(self, text: str, place: int = 0) -> str:
+        for step in self.normalizers[place]:
             text = step(text)
         return text
+
+    def cut(self, text: str, place: int = 0) -> list[str]:
+        """Cut a normalized text into the pieces that are encoded one by one."""
+        return self.cuts[place](text)
 
     def encode(self, text: str, special=()) -> list[int]:
         """Encode a text. special: "all", a name or names of special tokens that the text may spell out."""
@@ -1296,19 +1305,18 @@ class Tokenizer:
             check(name in self.special, f"there is no special token {name!r}, only {', '.join(self.special)}")
         return self.encode_array(text, names).tolist()
 
-    def encode_array(self, text: str, special=()) -> np.ndarray:
-        """Encode a text as uint32; in several threads at once. special: names."""
+    def encode_array(self, text: str, special=(), place: int = 0) -> np.ndarray:
+        """Encode a text as uint32; in several threads at once. special: names. place: where the text begins."""
         whole = text.isascii() or not re.search("[\ud800-\udfff]", text)
         check(whole, "the text is not UTF-8: a character is cut in half, or a byte is none")
         rows = [np.empty(0, np.uint32)]
         for piece, i in find_tokens([*self.raw, *(self.added[name] for name in special)], text):
-            parts = [("", i)] if i is not None else find_tokens(self.normalized, self.normalize(piece))
+            whole = [("", i)]
+            parts = whole if i is not None else find_tokens(self.normalized, self.normalize(piece, place))
             for part, i in parts:
-                words = self.cut(part) if len(rows) == 1 else self.cut_inside(part)
-                for word in words if i is None else ():
-                    rows.append(np.asarray(self.encode_words(word), dtype=np.uint32))
-                if i is not None:
-                    rows.append(np.array([i], dtype=np.uint32))
+                words = [[i]] if i is not None else map(self.encode_words, self.cut(part, place))
+                rows += [np.asarray(ids, dtype=np.uint32) for ids in words]
+                place = AFTER_TOKEN
         return np.concatenate(rows)
 
     def encode_ways(self, text: str, n: int | None, alpha: float, rng) -> list[list[int]]:
@@ -1349,14 +1357,11 @@ class Tokenizer:
         check(self.chat_template, "This tokenizer was not made for conversations: no chat template.")
         ids = []
         own = []
-        after_text = False
+        place = START
         for run, written in self.spell(messages, reply):
-            if isinstance(run, str):
-                joined = after_text and self.drops_space and run.startswith(" ")
-                piece = self.encode_array(run[joined:]).tolist()  # whose normalizer puts a space before
-            else:
-                piece = [run]
-            after_text = isinstance(run, str)
+            text = isinstance(run, str)
+            piece = self.encode_array(run, (), place).tolist() if text else [run]
+            place = INSIDE if text else AFTER_TOKEN
             ids += piece
             own += [written] * len(piece)
         return ids, own
