@@ -1311,8 +1311,9 @@ class Tokenizer:
         check(whole, "the text is not UTF-8: a character is cut in half, or a byte is none")
         rows = [np.empty(0, np.uint32)]
         for piece, i in find_tokens([*self.raw, *(self.added[name] for name in special)], text):
-            whole = [("", i)]
-            parts = whole if i is not None else find_tokens(self.normalized, self.normalize(piece, place))
+            parts = [("", i)]
+            if i is None:
+                parts = find_tokens(self.normalized, self.normalize(piece, place))
             for part, i in parts:
                 words = [[i]] if i is not None else map(self.encode_words, self.cut(part, place))
                 rows += [np.asarray(ids, dtype=np.uint32) for ids in words]

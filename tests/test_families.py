@@ -308,7 +308,8 @@ def test_chat_formats(tmp_path, chat, kind):
         asked = ours.render(talk[:-1], reply=True)[0] if talk[-1]["role"] == "assistant" else []
         ids, own = ours.render(talk)
         assert ids[: len(asked)] == asked
-        runs = [[i for i, _ in group] for told, group in itertools.groupby(zip(ids, own), lambda pair: pair[1]) if told]
+        groups = itertools.groupby(zip(ids, own, strict=True), lambda pair: pair[1])
+        runs = [[i for i, _ in group] for told, group in groups if told]
         answers = [m["content"] for m in talk if m["role"] == "assistant"]
         assert [ours.decode(run[:-1]).strip() for run in runs] == answers
         assert all(run[-1] == ours.im_end_id for run in runs)
