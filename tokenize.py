@@ -917,7 +917,7 @@ def of_one_form(lines: list[str]) -> bool:
     """Tell whether most lines differ in nothing but their words and numbers, as a program writes them."""
     forms = Counter(re.sub(r"\w+", "w", line) for line in lines if line.strip())
     form, n = forms.most_common(1)[0]
-    return n >= 20 and n > 0.5 * forms.total() and form.count("w") > 1
+    return n >= 20 and n > 0.5 * forms.total() and form.strip("w ") != ""
 
 def hash_words(text: str) -> np.ndarray:
     """Hash the words of a text, small letters and digits alone; of scripts without spaces, each character."""
