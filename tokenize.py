@@ -33,6 +33,7 @@ else:
     import base64
     import contextlib
     import functools
+    import gzip
     import hashlib
     import heapq
     import importlib.metadata
@@ -43,15 +44,18 @@ else:
     import random
     import re
     import shlex
+    import shutil
     import signal
     import sys
     import sysconfig
+    import tempfile
     import unicodedata
     import zlib
-    from collections import Counter, defaultdict
+    from array import array
+    from collections import Counter, defaultdict, deque
     from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
     from functools import partial
-    from itertools import groupby, pairwise
+    from itertools import chain, groupby, islice, pairwise
     from pathlib import Path
     from typing import Annotated, Literal
 
@@ -130,7 +134,15 @@ DATA_FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
 LETTERS = bytes([*range(65, 91), *range(97, 123), *range(128, 256)])  # ASCII letters, all that is not ASCII
 # Files of these names are JSON, one text a line or an array; the others are one text each.
 JSON_FILES = (".jsonl", ".ndjson", ".jsonlines", ".json")
+PACKED = (".gz", ".zst")  # such an ending may follow any name
 OUTPUTS = ({"meta.json", "train.bin"}, {"config.json", "tokenizer.json"})  # folders of these are no text
+# A language is known by its commonest groups of three letters, _ for a space, and their share in its text.
+ENGLISH = "_th the he_ ed_ is_ _in ing es_ _re ion or_ _a_ ng_ on_ le_ _is er_ tio _an _co _to s_a _de"
+ENGLISH += " e_t to_ nd_ and ent s_t _of e_a of_ al_ e_i for _ar _fo e_s nt_ e_o n_t _be e_c _st _no"
+ENGLISH += " in_ re_ st_ ts_ an_ con ame t_t en_ se_ s_i ter e_f t_i _ca _wi d_t me_ all rea _li be_"
+ENGLISH += " at_ ret ne_ ati int res th_ men _pr ate ly_ hat tha _ha e_d was as_ it_ e_r t_a ce_ e_p"
+ENGLISH += " com his her ere ve_ ith wit"
+TOXIC = "fuck fucking fucked fucker motherfucker shit bullshit bitch bitches bastard asshole cunt dick whore"
 # A document is dropped for the first of these that is true. text is data with U+FFFD where it is not UTF-8.
 FILTERS = {
     "empty": lambda data, text: not text.strip(),
@@ -140,8 +152,18 @@ FILTERS = {
     "long lines": lambda data, text: max(map(len, text.splitlines())) > 20_000,  # minified code, dumps
     "data": lambda data, text: len(data.translate(None, LETTERS)) > 0.75 * len(data),  # tables of numbers
     "repetitive": lambda data, text: len(zlib.compress(data, 1)) < 0.1 * len(data),
+    # those that follow have to be asked for
+    "symbols": lambda data, text: len(re.findall(r"[^\w\s]", text)) > 0.3 * len(text),
+    "digits": lambda data, text: sum(map(data.count, b"0123456789")) > 0.2 * len(data),
+    "repeated lines": lambda data, text: count_repeated(text) > 0.3 * len(text),
+    "generated": lambda data, text: of_one_form(text.splitlines()),
+    "toxic": lambda data, text, words: share_of(words, re.findall(r"\w+", text.lower())) > 0.005,
+    "language": lambda data, text, common, share: share_of(common, trigrams(text)) < 0.6 * share,
 }
 MUST_PASS = ("empty", "binary", "not UTF-8")  # all that a text file has to pass that the user named
+ON_REQUEST = ("symbols", "digits", "repeated lines", "generated", "toxic", "language")
+HASHES = 112  # in the signature of a document
+BUCKETS = 2**16  # words and pairs of words are counted in so many for --quality
 
 # model.py loads this file too, and catches its own UserError: ours is then a kind of that one.
 class UserError(getattr(sys.modules.get("model"), "UserError", Exception)):
@@ -1175,6 +1197,10 @@ CHAT_FORMATS = {  # name: the Jinja template, the special tokens that it spells,
         ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"), "<|end|>"),
 }
 
+def describe_chat(chat: str) -> str:
+    """Write the settings that lie beside a tokenizer.json: how it spells a conversation."""
+    return json.dumps({"chat_template": CHAT_FORMATS[chat][0]}, indent=2) + "\n"
+
 def compile_template(text: str):
     """Compile a chat template in Jinja's sandbox: it comes from outside."""
     from jinja2 import TemplateError
@@ -1306,7 +1332,7 @@ class Tokenizer:
         return self.encode_array(text, names).tolist()
 
     def encode_array(self, text: str, special=(), place: int = 0) -> np.ndarray:
-        """Encode a text as uint32; in several threads at once. special: names. place: where the text begins."""
+        """Encode a text as uint32; in several threads at once. special: names; place: where it begins."""
         whole = text.isascii() or not re.search("[\ud800-\udfff]", text)
         check(whole, "the text is not UTF-8: a character is cut in half, or a byte is none")
         rows = [np.empty(0, np.uint32)]
@@ -1462,27 +1488,13 @@ def spaced(text: str, nfkc: bool) -> str:
 def count_parts(texts, count, what: str) -> Counter:
     """Count words over all cores, a few megabytes at a time."""
     words = Counter()
-    for counts in compute(count, list(batched(cut_all(texts), 4_000_000)), what, processes=True):
+    for counts in compute(count, group(cut_all(texts), 4_000_000), what, processes=True):
         words.update(counts)
     return words
 
 def cut_all(texts):
     for text in texts:
         yield from cut(text, 20_000)
-
-def batched(texts, size: int):
-    """Group texts to lists of some `size` characters."""
-    batch = []
-    room = size
-    for text in texts:
-        batch.append(text)
-        room -= len(text)
-        if room <= 0:
-            yield batch
-            batch = []
-            room = size
-    if batch:
-        yield batch
 
 def choose_alphabet(words: dict, coverage: float) -> list[str]:
     """List the characters that make up this share of the text, the most frequent first."""
@@ -1609,7 +1621,7 @@ def find_files(inputs: list[str]) -> list:
         name, _, rest = item.partition("=")  # NAME=PATH
         named = rest and not Path(item).exists()
         path = Path(rest if named else item)
-        source = name if named else path.resolve().stem
+        source = name if named else unpacked(path.resolve()).stem
         check(path.is_file() or path.is_dir(), f"there is no file or folder {path}")
         check(re.fullmatch(r"(?!\.\.?$)[^/\\]+", source), f"{source!r} names no source: write NAME={path}")
         if path.is_dir():
@@ -1647,120 +1659,451 @@ def find_python() -> list:
             found += [(package, file.as_posix(), Path(file.locate()), False) for file in files]
     return sorted(file for file in found if file[1].endswith(".py") and file[2].is_file())
 
-def read_records(path: Path, data: bytes, field: str) -> list[bytes]:
-    """Read one field of each object of a JSON file: one a line, or one array or object in all."""
+def read_records(path: Path, file, field: str, loose: bool):
+    """Yield one field of each object of a JSON file: one a line, or one array or object in all.
+
+    Lines are read one by one; what is no line of its own is held whole. loose: it may be no text at all.
+    """
+    lines = ((i, line) for i, line in enumerate(file, 1) if line.strip())
+    i, first = next(lines, (1, b""))
     try:
-        whole = parse_json(data, path)
-        rows = enumerate(whole if isinstance(whole, list) else [whole], 1)
+        row = parse_json(without_mark(first), path)
     except UserError:
-        lines = enumerate(without_mark(data).splitlines(), 1)
-        rows = ((i, parse_json(line, f"line {i} of {path}")) for i, line in lines if line.strip())
-    texts = []
+        row = None
+    if isinstance(row, dict) and not loose:
+        rest = ((i, parse_json(line, f"line {i} of {path}")) for i, line in lines)
+        rows = chain([(i, row)], rest)
+    else:
+        file.seek(0)
+        data = file.read()
+        try:
+            whole = parse_json(data, path)
+            rows = enumerate(whole if isinstance(whole, list) else [whole], 1)
+        except UserError:
+            lines = enumerate(without_mark(data).splitlines(), 1)
+            rows = ((i, parse_json(line, f"line {i} of {path}")) for i, line in lines if line.strip())
+    i = 0
     for i, row in rows:
         text = row.get(field) if isinstance(row, dict) else None
         check(isinstance(text, str), f'line {i} of {path} is no JSON object with a text in "{field}"')
-        texts.append(text.encode("utf-8", "surrogatepass"))
-    check(texts, f"{path} is empty")
-    return texts
+        yield text.encode("utf-8", "surrogatepass")
+    check(i, f"{path} is empty")
 
-def read_documents(files: list, field: str) -> tuple:
-    """Read files: return {key: (source, text)}, {reason: what was dropped}, [source, name, hash] of each.
+def unpacked(path: Path) -> Path:
+    """Name a file as it is called without .gz or .zst."""
+    return path.with_suffix("") if path.suffix.lower() in PACKED else path
 
-    A text file that the user named only has to be text; all others, and the records of every JSON file, pass
-    all filters. Of equal texts one is kept.
+def unpack(path: Path, file):
+    """Open what a packed file holds; any other file is as it is."""
+    if path.suffix.lower() == ".gz":
+        return gzip.open(file)
+    if path.suffix.lower() == ".zst":
+        try:
+            from compression import zstd
+        except ImportError:
+            raise UserError(f"{path} needs Python 3.14 to be read: unpack it first (zstd -d)") from None
+        return zstd.open(file)
+    return file
+
+def read_contents(files: list, field: str, hashes: list):
+    """Yield (source, name, named, data, reason, bytes read) of each document in files; hash each file.
+
+    reason: why there is no document where one could have been, or None.
     """
-    used = field == "text" or any(path.suffix.lower() in JSON_FILES for _, _, path, _ in files)
-    check(used, f"--field {field} is for JSON files, and there are none")
-    documents = {}
-    drops = []  # (reason, bytes)
-    hashes = []
-    for source, name, path, named in track(files, "reading", len(files)):
+    for source, name, path, named in files:
         if not path.is_file():  # a pipe, a dead link, a link to a folder, a folder of earlier output
-            drops.append(("not a file", 0))
+            yield source, name, False, b"", "not a file", 0
             continue
-        data = path.read_bytes()
-        hashes.append([source, name, hashlib.sha256(data).hexdigest()[:16]])
-        contents = [without_mark(data)]
-        if path.suffix.lower() in JSON_FILES:
-            loose = not named and path.suffix.lower() == ".json"  # settings, maybe
-            named, contents = False, []
-            with contextlib.suppress(UserError if loose else ()):
-                contents = read_records(path, data, field)
-            drops += [] if contents else [("without the field", len(data))]
-        for content in contents:
-            text = content.decode(errors="replace")
-            filters = MUST_PASS if named else FILTERS
-            reason = next((name for name in filters if FILTERS[name](content, text)), None)
-            check(not (named and reason), f"{path} is {reason}, and has to be UTF-8 text")
-            bare = "\n".join(map(str.rstrip, text.strip().splitlines()))  # line ends make no difference
-            key = hashlib.sha256(bare.encode()).hexdigest()
-            if reason or key in documents:
-                drops.append((reason or "duplicate", len(content)))
-            else:
-                documents[key] = source, text
+        with open(path, "rb") as raw:
+            hashes.append([source, name, hashlib.file_digest(raw, "sha256").hexdigest()[:16]])
+            raw.seek(0)
+            done = 0
+            suffix = unpacked(path).suffix.lower()
+            try:
+                file = unpack(path, raw)
+                if suffix not in JSON_FILES:
+                    contents = [file.read()]
+                elif named or suffix != ".json":
+                    contents = read_records(path, file, field, False)
+                else:  # settings, maybe
+                    contents = []
+                    with contextlib.suppress(UserError):
+                        contents = list(read_records(path, file, field, True))
+                for data in contents:
+                    size = raw.tell() - done
+                    done += size
+                    yield source, name, named and suffix not in JSON_FILES, without_mark(data), None, size
+            except Exception as error:
+                fits = isinstance(error, UserError) or path.suffix.lower() not in PACKED
+                check(fits, f"{path} cannot be unpacked ({error}): is it whole?")
+                raise
+            if not contents:
+                raw.seek(0)
+                yield source, name, False, raw.read(), "without the field", raw.tell() - done
+
+def judge(filters: dict, batch: list) -> list:
+    """Decide about documents -> (source, name, named, text, why it goes or None, size, key, signature)."""
+    judged = []
+    for source, name, named, data, reason, _ in batch:
+        text = data.decode(errors="replace")
+        for rule, given in {} if reason else filters.items():
+            if (not named or rule in (*MUST_PASS, *ON_REQUEST)) and FILTERS[rule](data, text, *given):
+                reason = rule
+                break
+        bare = "\n".join(map(str.rstrip, text.strip().splitlines()))  # line ends make no difference
+        key = b"" if reason else hashlib.sha256(bare.encode()).digest()
+        signature = b"" if reason else sign(text)
+        text = text[:200] if reason else text
+        judged.append((source, name, named, text, reason, len(data), key, signature))
+    return judged
+
+class Documents:
+    """Keep texts in a file without a name, so that a kill leaves nothing, and some 350 bytes of each here."""
+
+    def __init__(self, folder: Path | None, seed: int):
+        self.seed = seed
+        self.file = tempfile.TemporaryFile(dir=folder)
+        self.keys = set()
+        self.sources = []  # the names; of each document the place of its source in them:
+        self.source = array("H")
+        self.ends = array("Q", [0])
+        self.order = array("Q")  # they are shuffled by this, which only their content and the seed decide
+        self.signatures = bytearray()
+
+    def __len__(self):
+        return len(self.order)
+
+    def add(self, source: str, text: str, key: bytes, signature: bytes) -> bool:
+        """Write a text to the end of the file, unless one with this key is there."""
+        if key[:16] in self.keys:
+            return False
+        self.keys.add(key[:16])
+        data = text.encode()
+        self.file.seek(self.ends[-1])
+        self.file.write(data)
+        if source not in self.sources:
+            self.sources.append(source)
+        self.source.append(self.sources.index(source))
+        self.ends.append(self.ends[-1] + len(data))
+        digest = hashlib.sha256(f"{self.seed} {key.hex()}".encode()).digest()
+        self.order.append(int.from_bytes(digest[:8], "big"))
+        self.signatures += signature
+        return True
+
+    def sizes(self) -> np.ndarray:
+        return np.diff(np.array(self.ends)).astype(int)
+
+    def signed(self) -> np.ndarray:
+        return np.frombuffer(self.signatures, np.uint16).reshape(-1, HASHES)
+
+    def read(self, rows, what: str):
+        """Yield the texts of these documents, with a bar."""
+        for i in track(rows, what, len(rows)):
+            self.file.seek(self.ends[i])
+            yield self.file.read(self.ends[i + 1] - self.ends[i]).decode()
+
+    def values(self):
+        """Yield (source, text) of all documents."""
+        for i, text in enumerate(self.read(range(len(self)), "reading again")):
+            yield self.sources[self.source[i]], text
+
+def read_documents(files: list, field: str, filters: dict | None = None, folder=None, seed=0) -> tuple:
+    """Read files: return Documents, {reason: what was dropped}, [source, name, hash] of each.
+
+    A text file that the user named only has to be text, and what was asked for; all others, and the records
+    of every JSON file, pass all filters. Of equal texts one is kept.
+    """
+    used = field == "text" or any(unpacked(path).suffix.lower() in JSON_FILES for _, _, path, _ in files)
+    check(used, f"--field {field} is for JSON files, and there are none")
+    filters = choose_filters([]) if filters is None else filters
+    documents = Documents(folder, seed)
     dropped = {}
-    for reason in ("not a file", "without the field", *FILTERS, "duplicate"):
-        sizes = [size for name, size in drops if name == reason]
-        dropped[reason] = {"documents": len(sizes), "bytes": sum(sizes)}
+    for reason in ("not a file", "without the field", *filters, "duplicate"):
+        dropped[reason] = {"documents": 0, "bytes": 0}
+    hashes = []
+    n_bytes = sum(path.stat().st_size for _, _, path, _ in files if path.is_file())
+    contents = track(read_contents(files, field, hashes), "reading", n_bytes, lambda content: content[-1])
+    batches = group(contents, 4_000_000, lambda content: len(content[3]))
+    for judged in compute(partial(judge, filters), batches, "filtering", processes=True):
+        for source, name, named, text, reason, size, key, signature in judged:
+            bad = named and reason in MUST_PASS
+            check(not bad, f"{name} is {reason}, and has to be UTF-8 text")
+            if reason or not documents.add(source, text, key, signature):
+                count = dropped[reason or "duplicate"]
+                count["documents"] += 1
+                count["bytes"] += size
+                count.setdefault("example", excerpt(f"{name}: {text}"))
     told = ", ".join(f"{name}: {count['documents']}" for name, count in dropped.items() if count["documents"])
-    check(documents, f"no document is left to learn from ({told or 'there was no text'})")
+    check(len(documents), f"no document is left to learn from ({told or 'there was no text'})")
     return documents, dropped, hashes
 
-def split_documents(documents: dict, val_fraction: float, seed: int) -> dict:
+def select_documents(documents: Documents, threshold: float, reference: str | None, dropped: dict):
+    """Leave out what only a look at all documents can tell: near-duplicates, the worst; return the others."""
+    rows = np.arange(len(documents))
+    for reason, asked in ("near-duplicate", threshold), ("quality", reference):
+        if asked:
+            find = find_near_duplicates if reason == "near-duplicate" else find_worst
+            bad = find(documents, rows, asked)
+            rows = np.setdiff1d(rows, bad)
+            dropped[reason] = {"documents": len(bad), "bytes": int(documents.sizes()[bad].sum())}
+            for text in documents.read(bad[:1], reason):
+                dropped[reason]["example"] = excerpt(text)
+    return rows
+
+def excerpt(text: str) -> str:
+    return " ".join(text[:300].split())[:100]
+
+def group(items, size: int, size_of=len):
+    """Put items into lists of about this size."""
+    batch, total = [], 0
+    for item in items:
+        batch.append(item)
+        total += size_of(item)
+        if total >= size:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
+
+def split_documents(documents: Documents, rows: np.ndarray, val_fraction: float) -> tuple:
     """Put whole documents into train or val, in an order that only their content and the seed decide."""
-    if len(documents) == 1:  # cut it at the character where nanoGPT cuts tiny Shakespeare
+    if len(rows) == 1:  # cut it at the character where nanoGPT cuts tiny Shakespeare
         say("a single document: its tail becomes the validation split")
-        ((source, text),) = documents.values()
+        (text,) = documents.read(rows, "splitting")
         end = int(len(text) * (1 - val_fraction))
-        splits = {"train": [(source, text[:end])], "val": [(source, text[end:])]}
+        for part in (text[:end], text[end:]):
+            source = documents.sources[documents.source[rows[0]]]
+            documents.add(source, part, hashlib.sha256(part.encode()).digest(), sign(part))
+        train, val = [len(documents) - 2], [len(documents) - 1]
     else:
-        splits = {"train": [], "val": []}
-        room = val_fraction * sum(len(text.encode()) for _, text in documents.values())
-        for key in sorted(documents, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest()):
-            size = len(documents[key][1].encode())
-            fits = size / 2 <= room  # then it brings validation nearer to what is asked
-            room -= size if fits else 0
-            splits["val" if fits else "train"].append(documents[key])
-        if not splits["val"]:
-            splits["val"] = [min(splits["train"], key=lambda document: len(document[1]))]
-            splits["train"].remove(splits["val"][0])
-    n_train, n_val = (sum(len(text.encode()) for _, text in splits[name]) for name in ("train", "val"))
-    share = n_val / (n_train + n_val)
-    say(f"validation: {len(splits['val'])} of {len(documents)} documents, {share:.2%} of the bytes")
+        train, val = [], []
+        sizes = documents.sizes()
+        room = val_fraction * float(sizes[rows].sum())
+        for i in rows[np.argsort(np.array(documents.order)[rows])]:
+            fits = sizes[i] / 2 <= room  # then it brings validation nearer to what is asked
+            room -= sizes[i] if fits else 0
+            (val if fits else train).append(i)
+        if not val:
+            val = [min(train, key=lambda i: sizes[i])]
+            train.remove(val[0])
+    sizes = documents.sizes()
+    share = sizes[val].sum() / (sizes[train].sum() + sizes[val].sum())
+    say(f"validation: {len(val)} of {len(rows)} documents, {share:.2%} of the bytes")
     enough = share > val_fraction / 10 and 1 - share > (1 - val_fraction) / 10
     check(enough, f"the documents are too unequal for --val-fraction {val_fraction}: join them to one file")
-    return splits
+    return np.array(train), np.array(val)
 
-def count_repeats(splits: dict) -> int:
-    """Count the validation documents of which more than half the longer lines stand in training, too."""
-    rows = [{line for line in text.splitlines() if len(line) >= 20} for _, text in splits["val"]]
-    wanted = set().union(*rows)
-    seen = set().union(*(wanted.intersection(text.splitlines()) for _, text in splits["train"]))
-    return sum(len(lines & seen) > len(lines) / 2 for lines in rows)
+def mix_sources(documents: Documents, train: np.ndarray, weights: dict, sources: dict) -> np.ndarray:
+    """Repeat or leave out training documents until the bytes of each source are its share of the mixture.
 
-def compute(function, items: list, what: str, processes=False):
-    """Yield function(item) for each item in turn, computed on all cores."""
+    The whole stays as large as it was: of a source that gets twice its bytes, each document comes twice.
+    """
+    sizes = documents.sizes()[train]
+    place = np.array(documents.source)[train]
+    order = np.array(documents.order)[train]
+    rows, keys = [], []
+    for name, weight in weights.items():
+        own = np.flatnonzero(place == documents.sources.index(name)) if name in documents.sources else []
+        check(len(own), f"--weight: nothing of {name} is left for training")
+        epochs = weight / sum(weights.values()) * sizes.sum() / sizes[own].sum()
+        check(epochs <= 100, f"--weight: {name} would be repeated {epochs:.0f} times; 100 is the most")
+        sources[name] |= {"weight": weight, "epochs": round(epochs, 4)}
+        ends = np.cumsum(sizes[own])
+        for copy in range(int(np.ceil(epochs))):
+            part = own[ends <= (epochs - copy) * ends[-1]]  # all of it, but for the last copy
+            rows.append(train[part])
+            keys.append(order[part] * np.uint64(2 * copy + 1))  # the copies lie apart
+    return np.concatenate(rows)[np.argsort(np.concatenate(keys), kind="stable")]
+
+# ---- Documents: what they are like -------------------------------------------------------------------------
+
+def choose_filters(asked: list[str], language: str | None = None, toxic: Path | None = None) -> dict:
+    """Choose filters by name -> {name: what it needs to know}; asked: NAME, no-NAME, all or no-all."""
+    chosen = set(FILTERS) - set(ON_REQUEST)
+    given = {"toxic": (set((read_text(toxic) if toxic else TOXIC).lower().split()),)}
+    if language:
+        given["language"] = learn_language(language)
+        chosen.add("language")
+    if toxic:
+        chosen.add("toxic")
+    free = [name for name in FILTERS if name not in (*MUST_PASS, "language")]
+    known = {name.replace(" ", "-"): {name} for name in free}
+    known["all"] = set().union(*known.values())
+    for word in asked:
+        name = word.removeprefix("no-")
+        check(name in known, f"there is no filter {word!r}: write NAME or no-NAME, of {', '.join(known)}")
+        chosen = chosen | known[name] if name == word else chosen - known[name]
+    return {name: given.get(name, ()) for name in FILTERS if name in chosen}
+
+def read_text(path: Path | str) -> str:
+    """Read a text that an option names."""
+    check(Path(path).is_file(), f"there is no file {path}")
+    try:
+        return without_mark(Path(path).read_bytes()).decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+
+def share_of(wanted, items: list) -> float:
+    """Give the share of items that are wanted."""
+    return sum(item in wanted for item in items) / max(1, len(items))
+
+def trigrams(text: str) -> list[str]:
+    """List the groups of three letters of a text's beginning, a space between words."""
+    letters = " ".join(["", *re.findall(r"[^\W\d_]+", text[:20_000].lower()), ""])
+    return [letters[i : i + 3] for i in range(len(letters) - 2)]
+
+def learn_language(name: str) -> tuple:
+    """Learn which groups of letters are common in a language, "en" or a text in it, and their share there."""
+    if name == "en":
+        return {word.replace("_", " ") for word in ENGLISH.split()}, 0.36
+    found = trigrams(read_text(name))
+    check(len(found) > 2000, f"--language {name} is too short: give some pages")
+    common = {gram for gram, _ in Counter(found).most_common(len(ENGLISH.split()))}
+    return common, share_of(common, found)
+
+def count_repeated(text: str) -> int:
+    """Count the characters in lines that stood before (Gopher's rule, 2112.11446)."""
+    counts = Counter(map(str.strip, text.splitlines()))
+    return sum(len(line) * (n - 1) for line, n in counts.items())
+
+def of_one_form(lines: list[str]) -> bool:
+    """Tell whether most lines differ in nothing but their words and numbers, as a program writes them."""
+    forms = Counter(re.sub(r"\w+", "w", line) for line in lines if line.strip())
+    form, n = forms.most_common(1)[0]
+    return n >= 20 and n > 0.5 * forms.total() and form.strip("w ") != ""
+
+def hash_words(text: str) -> np.ndarray:
+    """Hash the words of a text, small letters and digits alone; of scripts without spaces, each character."""
+    if not text.isascii():
+        text = re.sub("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]", r" \g<0> ", text)
+    data = text.lower().encode()
+    words = data.translate(bytes(b if b in LETTERS or 48 <= b < 58 else 32 for b in range(256))).split()
+    return np.fromiter(map(zlib.crc32, words or [data]), np.uint64, max(1, len(words)))
+
+def sign(text: str) -> bytes:
+    """Sign a text by MinHash (Broder 1997): signatures agree in a share that is near the Jaccard index.
+
+    The index is that of the sets of shingles, which are all runs of 5 words: how many are in both texts, of
+    those that are in either. A number of the signature is the shingle that comes first in one random order of
+    all shingles: it is the same in two signatures if it is in both texts.
+    """
+    words = hash_words(text)
+    words = np.pad(words, (0, max(0, 5 - len(words))))
+    random = np.frombuffer(hashlib.shake_128(b"shingles").digest(40 + 8 * HASHES), np.uint64)
+    n = len(words) - 4
+    shingles = sum(words[k : k + n] * (random[k] | np.uint64(1)) for k in range(5)) >> np.uint64(32)
+    shingles = shingles.astype(np.uint32)
+    factors, shifts = random[5:].view(np.uint32).reshape(2, HASHES, 1)
+    first = np.full(HASHES, 2**32 - 1, np.uint32)
+    for i in range(0, n, 1024):
+        places = shingles[i : i + 1024] * (factors | np.uint32(1)) + shifts  # (HASHES, shingles)
+        np.minimum(first, places.min(axis=1), out=first)
+    return first.astype(np.uint16).tobytes()  # the lower half is enough to compare
+
+def find_pairs(signatures: np.ndarray, rows: np.ndarray, threshold: float):
+    """Yield pairs (earlier, later) of rows of signatures (documents, HASHES) that agree to the threshold.
+
+    Only texts that agree in a whole band of r numbers are compared. At a Jaccard index t, one of b bands
+    agrees with probability 1 - (1 - t^r)^b: take the longest that find 95 % at the threshold (16 bands of 7
+    find 98 % at 0.8; 37 of 3 find 99 % at 0.5). Of many alike in a band, each is compared with the 8 before.
+    """
+    found = {r: 1 - (1 - threshold**r) ** (HASHES // r) for r in range(1, 15)}
+    r = max(r for r in found if found[r] >= 0.95)
+    odd = 2 * np.arange(1, r + 1, dtype=np.uint64) ** 15 + 1
+    for start in range(0, HASHES - r + 1, r):
+        keys = signatures[rows, start : start + r].astype(np.uint64) @ odd
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        for step in range(1, 9):
+            at = np.flatnonzero(keys[step:] == keys[:-step])
+            for some in np.array_split(at, 1 + len(at) // 10_000):
+                earlier, later = rows[order[some]], rows[order[some + step]]
+                alike = (signatures[earlier] == signatures[later]).mean(axis=1) >= threshold
+                yield earlier[alike], later[alike]
+
+def find_near_duplicates(documents: Documents, rows: np.ndarray, threshold: float) -> np.ndarray:
+    """Find the documents that are near an earlier one."""
+    near = np.zeros(len(documents), bool)
+    for _, later in find_pairs(documents.signed(), rows, threshold):
+        near[later] = True
+    return np.flatnonzero(near)
+
+def count_contaminated(documents: Documents, train: np.ndarray, val: np.ndarray) -> int:
+    """Count the validation documents that share half of their shingles, or more, with a training document."""
+    in_val = np.isin(np.arange(len(documents)), val)
+    near = np.zeros(len(documents), bool)
+    rows = np.unique(np.concatenate([train, val]))
+    for earlier, later in find_pairs(documents.signed(), rows, 0.5):
+        across = in_val[earlier] != in_val[later]
+        near[np.where(in_val[earlier], earlier, later)[across]] = True
+    return int(near.sum())
+
+def hash_features(text: str) -> np.ndarray:
+    """Hash words and pairs of words into buckets."""
+    words = hash_words(text)
+    pairs = words[:-1] * np.uint64(31) + words[1:]
+    return np.concatenate([words, pairs]) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(48)
+
+def count_features(texts: list[str]) -> np.ndarray:
+    """Count the features of texts in each bucket."""
+    return sum(np.bincount(hash_features(text).astype(int), minlength=BUCKETS) for text in texts)
+
+def score_texts(weights: np.ndarray, texts: list[str]) -> list[float]:
+    """Score texts by the mean weight of their features."""
+    return [float(weights[hash_features(text).astype(int)].mean()) for text in texts]
+
+def find_worst(documents: Documents, rows: np.ndarray, reference: str, share=0.1) -> np.ndarray:
+    """Find the share of documents that is least like a reference text.
+
+    A linear classifier, naive Bayes: the weight of a word or pair is how much likelier it is in the reference
+    than in the corpus (as in DSIR, Xie et al. 2023, 2302.03169), and a document's score is the mean.
+    """
+    liked = np.bincount(hash_features(reference).astype(int), minlength=BUCKETS) + 1
+    texts = group(documents.read(rows, "learning quality"), 4_000_000)
+    counts = sum(compute(count_features, texts, "", processes=True)) + 1
+    weights = np.log(liked / liked.sum()) - np.log(counts / counts.sum())
+    texts = group(documents.read(rows, "scoring quality"), 4_000_000)
+    found = compute(partial(score_texts, weights), texts, "", processes=True)
+    scores = np.fromiter(chain.from_iterable(found), float, len(rows))
+    return rows[np.argsort(scores, kind="stable")[: int(share * len(rows))]]
+
+def compute(function, items, what: str, processes=False):
+    """Yield function(item) for each item in turn, computed on all cores; a few items are held at a time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    total = len(items) if hasattr(items, "__len__") else None  # a generator has a bar of its own
+    items = iter(items)
+    first = list(islice(items, cores))
     # Threads are enough for tiktoken. Worker processes start the program that runs: it has to be this file.
-    if processes and min(cores, len(items)) > 1 and __name__ == "__main__":
+    if processes and len(first) > 1 and __name__ == "__main__":
         context = multiprocessing.get_context("spawn")  # the one way that all systems have
         ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by this process alone
-        pool = ProcessPoolExecutor(min(cores, len(items)), context, signal.signal, ignore)
+        pool = ProcessPoolExecutor(len(first), context, signal.signal, ignore)
         handler = signal.signal(*ignore)  # the workers inherit this, so they are quiet while they start, too
-        results = pool.map(function, items)
+        window = deque(pool.submit(function, item) for item in first)
         signal.signal(signal.SIGINT, handler)
     else:
         pool = ThreadPoolExecutor(cores)
-        results = pool.map(function, items)
+        window = deque(pool.submit(function, item) for item in first)
+
+    def results():
+        for item in items:
+            window.append(pool.submit(function, item))
+            yield window.popleft().result()
+        yield from (future.result() for future in window)
+
     try:
-        yield from track(results, what, len(items))
+        yield from results() if total is None else track(results(), what, total)
     finally:
         pool.shutdown(cancel_futures=True)
 
-def track(items, what, total):
+def track(items, what, total, size_of=lambda item: 1):
     """Go through items with a bar and the time left."""
     from rich import console, progress  # here, as `encode` has to start fast
-    yield from progress.track(items, what, total, console=console.Console(stderr=True))
+    with progress.Progress(console=console.Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total)
+        for item in items:
+            yield item
+            bar.advance(task, size_of(item))
 
 def say(text: str):
     """Print a line for people; standard output is for results."""
@@ -1786,11 +2129,15 @@ def train(
     options = choose_tokenizer(None, algorithm, vocab_size, pattern, normalizer, coverage, special, chat)
     ours = not output.exists() or (output.is_file() and b'"added_tokens"' in output.read_bytes())
     check_output(output, ours, overwrite or not output.exists(), files)
+    beside = output.with_name("tokenizer_config.json")
+    check(not chat or overwrite or not beside.exists(), f"{beside} exists: pass --overwrite to replace it")
     documents, _, _ = read_documents(files, field)
-    texts = [text for _, text in documents.values()]
+    texts = documents.read(range(len(documents)), "learning")
     tokenizer, n_tokens = train_tokenizer(texts, **options)
     tokenizer.save(output)
-    n_bytes = sum(len(text.encode()) for text in texts)
+    if chat:
+        beside.write_text(describe_chat(chat), encoding="utf-8")
+    n_bytes = documents.sizes().sum()
     say(f"{output}: {tokenizer.n_vocab:,} ids, {n_bytes / n_tokens:.3f} bytes per token")
 
 def encode(
@@ -1828,12 +2175,22 @@ def prepare(
     inputs: Annotated[list[str], typer.Argument(help="File, folder, NAME=PATH; else this Python.")] = None,
     output: Annotated[Path, typer.Option(help="Folder to write; else data/ and the source's name.")] = None,
     tokenizer: Annotated[Path, typer.Option(help="Use this tokenizer.json instead of learning one.")] = None,
-    algorithm: Annotated[Algorithm, typer.Option(help="How: bpe by default.")] = None,
-    vocab_size: Annotated[int, typer.Option(help="bpe: all ids, special tokens too; 4096.")] = None,
+    algorithm: Annotated[Algorithm, typer.Option(help="How tokens are learned; bpe.")] = None,
+    vocab_size: Annotated[int, typer.Option(help="All ids, special tokens too; 4096.")] = None,
     pattern: Annotated[Literal["gpt2", "gpt4"], typer.Option(help="bpe: how text is cut; gpt4.")] = None,
+    normalizer: Annotated[Normalizer, typer.Option(help="nfkc: spm-bpe, unigram; others: wordpiece.")] = None,
+    coverage: Annotated[float, typer.Option(help="Share of the text with characters of its own.")] = None,
+    special: Annotated[list[str], typer.Option(help="One more special token; can be repeated.")] = (),
+    chat: Annotated[Chat, typer.Option(help="How conversations are spelled; chatml.")] = None,
     val_fraction: Annotated[float, typer.Option(help="Share of the bytes for validation, 0 to 1.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Another seed gives another split and order.")] = 0,
     field: Annotated[str, typer.Option(help="JSON files: the field that holds the text.")] = "text",
+    filters: Annotated[list[str], typer.Option("--filter", help="NAME, no-NAME, all or no-all.")] = (),
+    language: Annotated[str, typer.Option(help="Keep what is in it: en, or a text in the language.")] = None,
+    toxic: Annotated[Path, typer.Option(help="Drop what holds many words of this list.")] = None,
+    quality: Annotated[Path, typer.Option(help="Drop the tenth that is least like this text.")] = None,
+    near_duplicates: Annotated[float, typer.Option(help="Keep one of those alike, 0.8; 0: all.")] = 0.0,
+    weights: Annotated[list[str], typer.Option("--weight", help="NAME=SHARE of a source in train.")] = (),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print meta.json, less its files.")] = False,
 ):
@@ -1843,75 +2200,121 @@ def prepare(
     from model import finish_save, save_files  # here, as it loads torch, and the other commands start fast
     check(0 < val_fraction < 1, f"--val-fraction {val_fraction} is not between 0 and 1")
     check(0 <= seed < 2**31, f"--seed {seed} is out of range: it has to be 0 at least, and below 2^31")
-    options = choose_tokenizer(tokenizer, algorithm, vocab_size, pattern)
+    fits = near_duplicates == 0 or 0.1 <= near_duplicates <= 1
+    check(fits, f"--near-duplicates {near_duplicates} is out of range: 0 (none is dropped), or 0.1 to 1")
+    options = choose_tokenizer(tokenizer, algorithm, vocab_size, pattern, normalizer, coverage, special, chat)
     tok = Tokenizer.load(tokenizer) if tokenizer else None
     check(not tok or tok.eot_id is not None, f"{tokenizer} names no token to end a document with")
+    chosen = choose_filters(filters, language, toxic)
+    reference = read_text(quality) if quality else None
     files = find_files(inputs) if inputs else find_python()
+    shares = read_weights(weights, {source for source, *_ in files})
     output = output or Path("data") / (files[0][0] if inputs else "python")
     finish_save(output)
-    left = {f"{name}.new" for name in (*DATA_FILES, "commit.json")}  # a save that was killed may leave these
+    # a save that was killed may leave these
+    left = {f"{name}.new" for name in (*DATA_FILES, "tokenizer_config.json", "commit.json")}
     there = any(not path.is_dir() and path.name not in left for path in output.resolve().rglob("*"))
     meta = output / "meta.json"
     ours = not there or (meta.is_file() and b'"splits"' in meta.read_bytes())
     check_output(output, ours, overwrite or not there, files)
-    # 2. documents
-    documents, dropped, hashes = read_documents(files, field)
-    splits = split_documents(documents, val_fraction, seed)
+    # 2. documents; what is written on the way has no name on the disk, so a kill leaves nothing
+    disk = next(folder for folder in (output.resolve(), *output.resolve().parents) if folder.is_dir())
+    documents, dropped, hashes = read_documents(files, field, chosen, disk, seed)
+    rows = select_documents(documents, near_duplicates, reference, dropped)
+    train, val = split_documents(documents, rows, val_fraction)
+    meta = {"dtype": None, "vocab_size": 0, "eot_id": 0, "splits": {}}
+    meta["sources"] = {source: {} for source, *_ in files}
+    train = mix_sources(documents, train, shares, meta["sources"]) if shares else train
     # 3. the tokenizer: merges from train alone; characters from all, or val might have one without an id
     if not tok:
-        learn_from = documents.values() if algorithm == "char" else splits["train"]
-        tok, _ = train_tokenizer([text for _, text in learn_from], **options)
+        learn_from = rows if algorithm == "char" else train
+        tok, _ = train_tokenizer(documents.read(learn_from, "learning"), **options)
     # 4. the ids, and the account of it all
-    dtype = "uint16" if tok.n_vocab <= 2**16 else "uint32"
-    meta = {"dtype": dtype, "vocab_size": tok.n_vocab, "eot_id": tok.eot_id, "splits": {}}
-    meta["sources"] = {source: {} for source, *_ in files}
-    train_ids = encode_documents(tok, splits["train"], "train", meta)
-    val_ids = encode_documents(tok, splits["val"], "val", meta)
-    meta["near_duplicates"] = count_repeats(splits)
+    meta |= {"dtype": "uint16" if tok.n_vocab <= 2**16 else "uint32", "vocab_size": tok.n_vocab}
+    meta["eot_id"] = tok.eot_id
+    save_train = encode_documents(tok, documents, train, "train", meta, disk)
+    save_val = encode_documents(tok, documents, val, "val", meta, disk)
+    meta["near_duplicates"] = count_contaminated(documents, train, val)
     meta["filters"] = dropped
     options |= {"val_fraction": val_fraction, "seed": seed, "field": field}
+    options |= {"filter": filters, "language": language, "toxic": toxic, "quality": quality}
+    options |= {"near_duplicates": near_duplicates, "weight": weights}
     meta["command"] = command_line(inputs or [], options)
     meta["files_sha256"] = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     account = json.dumps(meta | {"files": hashes if len(hashes) <= 10_000 else []}, indent=1)
     # 5. the folder
-    contents = (train_ids.tofile, val_ids.tofile, tok.save, f"{account}\n")
-    save_files(output, dict(zip(DATA_FILES, contents, strict=True)))
+    contents = (save_train, save_val, tok.save, f"{account}\n")
+    contents = dict(zip(DATA_FILES, contents, strict=True))
+    contents |= {"tokenizer_config.json": describe_chat(chat)} if chat else {}
+    save_files(output, contents, {"tokenizer_config.json"} - contents.keys())
     show_meta(output, meta)
     if as_json:
         print(json.dumps({"output": str(output), **meta}))
 
-def encode_documents(tokenizer: Tokenizer, documents: list, split: str, meta: dict) -> np.ndarray:
-    """Encode a split as one row of ids, an end-of-text after each document; add its counts to meta."""
+def read_weights(weights: list[str], sources: set) -> dict:
+    """Read NAME=SHARE of every source."""
+    shares = {}
+    for weight in weights:
+        name, _, share = weight.rpartition("=")
+        fits = name in sources and re.fullmatch(r"\d*\.?\d+", share) and float(share) > 0
+        check(fits, f"--weight {weight}: write NAME=SHARE, above 0, NAME of {', '.join(sorted(sources))}")
+        shares[name] = float(share)
+    missing = sources - set(shares) if shares else ()
+    check(not missing, f"--weight has to name every source: {', '.join(sorted(missing))} is missing")
+    return shares
+
+def encode_documents(tok: Tokenizer, documents: Documents, rows: np.ndarray, split: str, meta: dict, disk):
+    """Encode a split as one row of ids, an end-of-text after each document; add its counts to meta.
+
+    Returns a function that writes the ids to a path.
+    """
     for count in (meta["splits"], *meta["sources"].values()):
         count[split] = {"documents": 0, "tokens": 0, "bytes": 0}
     dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-    rows = []
-    encoded = compute(tokenizer.encode_array, [text for _, text in documents], f"encoding {split}")
-    for (source, text), ids in zip(documents, encoded, strict=True):
-        rows.append(np.append(ids, tokenizer.eot_id).astype(dtype))
+    sizes = documents.sizes()
+    file = tempfile.TemporaryFile(dir=disk)
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        return [np.append(tok.encode_array(text), tok.eot_id).astype(dtype) for text in texts]
+
+    def save(path: Path):
+        file.seek(0)
+        with open(path, "wb") as target:
+            shutil.copyfileobj(file, target, 2**20)
+
+    texts = group(documents.read(rows, f"encoding {split}"), 200_000)
+    encoded = chain.from_iterable(compute(encode, texts, ""))
+    for i, ids in zip(rows, encoded, strict=True):
+        file.write(ids.tobytes())
+        source = documents.sources[documents.source[i]]
         for count in (meta["splits"][split], meta["sources"][source][split]):
             count["documents"] += 1
-            count["tokens"] += len(rows[-1])
-            count["bytes"] += len(text.encode())
-    return np.concatenate(rows)
+            count["tokens"] += len(ids)
+            count["bytes"] += int(sizes[i])
+    return save
 
 def command_line(inputs: list, options: dict) -> str:
     """Write down the command; of an absolute path only the name, as it means nothing on another machine."""
     words = ["python", "tokenize.py", "prepare", *inputs]
     for name, value in options.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            words += [f"--{name.replace('_', '-')}", str(one)] if one or name == "seed" else []
     return shlex.join(Path(w).name if Path(w).is_absolute() else w for w in words)
 
 def show_meta(output: Path, meta: dict):
     """Print what each source gave, and what was dropped."""
     for name, split in (meta["sources"] | {f"{output}": meta["splits"]}).items():
-        for part, n in split.items():
+        for part in ("train", "val"):
+            n = split[part]
             numbers = f"{n['documents']:>9,} documents {n['bytes']:>14,} bytes {n['tokens']:>14,} tokens"
             say(f"{name:12} {part:5} {numbers}")
+        if "epochs" in split:
+            say(f"{name:12} {split['epochs']} epochs, for a weight of {split['weight']}")
     n_val = meta["splits"]["val"]["documents"]
     say(f"validation documents with near duplicates in training: {meta['near_duplicates']} of {n_val}")
-    dropped = {reason: n["documents"] for reason, n in meta["filters"].items() if n["documents"]}
-    say("dropped: " + (", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "nothing"))
+    for reason, n in meta["filters"].items():
+        if n["documents"]:
+            say(f"dropped: {n['documents']} {reason}, such as {n['example']!r}")
 
 def choose_tokenizer(tokenizer: Path | None, algorithm, vocab_size, pattern, normalizer=None, coverage=None,
                      special=(), chat=None) -> dict:
