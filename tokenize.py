@@ -1858,9 +1858,9 @@ def column(row: dict) -> dict:
     """Write the figures of a tokenizer as the cells of its column in a table."""
     figures = [(name.replace("_", " "), x) for name, x in row.items() if not isinstance(x, dict)]
     cells = {name: f"{x:,}" if isinstance(x, int) else f"{x:.3f}" for name, x in figures}
-    cells["(language)"] = "bytes a  tokens  against\n  token  a word    first"
+    cells["bytes a token, tokens a word, tokens against first"] = ""
     for language, found in row["languages"].items():
-        cells[language] = "".join("       -" if x is None else f"{x:8.2f}" for x in found.values())
+        cells[language] = "".join("      -" if x is None else f"{x:7.2f}" for x in found.values())
     for text, pairs in row["examples"].items():
         cells[text] = " ".join(f"{piece!r} {i}" for piece, i in pairs)
     return cells
@@ -1979,9 +1979,11 @@ def report(
     from rich import console, table
     screen = console.Console(width=None if sys.stdout.isatty() else 100, markup=False, emoji=False)
     columns = {name: column(row) for name, row in rows.items()}
-    for start in range(0, len(rows), 3):
-        names = [*rows][start : start + 3]
-        grid = table.Table("", *names)
+    beside = max(1, (screen.width - 26) // 24)
+    for start in range(0, len(rows), beside):
+        names = [*rows][start : start + beside]
+        heads = [table.Column(name, min_width=21, overflow="fold") for name in names]
+        grid = table.Table(table.Column(max_width=22, overflow="fold"), *heads)
         for label in columns[names[0]]:
             grid.add_row(label, *(columns[name][label] for name in names))
         screen.print(grid)
