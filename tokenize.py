@@ -1768,6 +1768,7 @@ def say(text: str):
 
 EXAMPLES = ("Hello world!", "Supercalifragilisticexpialidocious", "Hello", "नमस्ते")  # the chapter's own
 UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
+LOST = "\ufffd", "[UNK]", "<unk>"  # a piece that has or is one of these shows no text
 
 def read_sentences(path: Path | None) -> dict:
     """Read parallel sentences, {language: [sentence, ...]}; by default those beside the tests."""
@@ -1790,28 +1791,25 @@ def spell(tokenizer: Tokenizer, text: str) -> list[tuple]:
 def measure_tokenizer(tokenizer: Tokenizer, languages: dict, width: int) -> dict:
     """Measure a tokenizer on parallel sentences, and on the chapter's examples.
 
+    tokens_per_word: a word stands between spaces and has a letter; None where a script has no spaces.
     partial_or_unknown: the share of tokens that stand for a part of a character (SentencePiece calls it byte
-    fallback), or for an unknown one: no other special token comes out of ordinary text.
-    A word stands between spaces and has a letter. Where a script has no spaces, tokens_per_word is None.
+    fallback), or for an unknown one. Unknown words make a text short, and it is lost.
     """
     rows = {}
-    seen = []
     first = None
     for language, sentences in languages.items():
         spelled = [spell(tokenizer, text) for text in sentences]
-        seen += sum(spelled, [])
-        n = sum(map(len, spelled)) if all(spelled) else np.nan
+        pieces = [piece.strip() for pairs in spelled for piece, _ in pairs]
+        n = len(pieces) if all(spelled) else np.nan
         first = first or n
         text = " ".join(sentences)
         words = np.nan if regex.search(UNSPACED, text) else len(re.findall(r"\S*\w\S*", text))
         size = len("".join(sentences).encode())
         row = {"bytes_per_token": size / n, "tokens_per_word": n / words, "against_first": n / first}
+        row["partial_or_unknown"] = sum(LOST[0] in piece or piece in LOST for piece in pieces) / n
         rows[language] = {name: None if np.isnan(x) else x for name, x in row.items()}
-    special = set(tokenizer.special.values())
-    partial = sum("\ufffd" in piece or i in special for piece, i in seen)
     row = {"ids": tokenizer.n_vocab, "embedding_parameters": tokenizer.n_vocab * width}
-    row |= {"partial_or_unknown": partial / max(1, len(seen)), "languages": rows}
-    return row | {"examples": {text: spell(tokenizer, text) for text in EXAMPLES}}
+    return row | {"languages": rows, "examples": {text: spell(tokenizer, text) for text in EXAMPLES}}
 
 def measure_data(tokenizer: Tokenizer, folder: Path) -> dict:
     """Measure a data folder: ids that its training text hardly uses, bytes per token of its validation."""
@@ -1858,9 +1856,9 @@ def column(row: dict) -> dict:
     """Write the figures of a tokenizer as the cells of its column in a table."""
     figures = [(name.replace("_", " "), x) for name, x in row.items() if not isinstance(x, dict)]
     cells = {name: f"{x:,}" if isinstance(x, int) else f"{x:.3f}" for name, x in figures}
-    cells["bytes a token, tokens a word, tokens against first"] = ""
+    cells["bytes a token, tokens a word and against first, partial or unknown"] = ""
     for language, found in row["languages"].items():
-        cells[language] = "".join("      -" if x is None else f"{x:7.2f}" for x in found.values())
+        cells[language] = " ".join("    -" if x is None else f"{x:5.2f}" for x in found.values())
     for text, pairs in row["examples"].items():
         cells[text] = " ".join(f"{piece!r} {i}" for piece, i in pairs)
     return cells
@@ -1979,11 +1977,11 @@ def report(
     from rich import console, table
     screen = console.Console(width=None if sys.stdout.isatty() else 100, markup=False, emoji=False)
     columns = {name: column(row) for name, row in rows.items()}
-    beside = max(1, (screen.width - 26) // 24)
+    beside = max(1, (screen.width - 22) // 26)
     for start in range(0, len(rows), beside):
         names = [*rows][start : start + beside]
-        heads = [table.Column(name, min_width=21, overflow="fold") for name in names]
-        grid = table.Table(table.Column(max_width=22, overflow="fold"), *heads)
+        heads = [table.Column(name, min_width=23, overflow="fold") for name in names]
+        grid = table.Table(table.Column(max_width=18, overflow="fold"), *heads)
         for label in columns[names[0]]:
             grid.add_row(label, *(columns[name][label] for name in names))
         screen.print(grid)

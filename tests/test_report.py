@@ -55,10 +55,9 @@ def test_figures_counted_by_hand(tmp_path):
     (row,) = json.loads(out).values()
     assert row["ids"] == tk.LEAST_VOCAB and row["embedding_parameters"] == 10 * tk.LEAST_VOCAB
     # "ab| |ab" and "ab|,| |-" are 7 tokens of 10 bytes and 3 words: a dash alone is none
-    assert row["languages"]["one"] == {"bytes_per_token": 10 / 7, "tokens_per_word": 7 / 3, "against_first": 1}
-    assert row["languages"]["two"] == {"bytes_per_token": 1, "tokens_per_word": 2, "against_first": 4 / 7}
-    assert row["languages"]["three"] == {"bytes_per_token": 1, "tokens_per_word": None, "against_first": 6 / 7}
-    assert row["partial_or_unknown"] == 10 / 17
+    names = ("bytes_per_token", "tokens_per_word", "against_first", "partial_or_unknown")
+    figures = {language: [found[name] for name in names] for language, found in row["languages"].items()}
+    assert figures == {"one": [10 / 7, 7 / 3, 1, 0], "two": [1, 2, 4 / 7, 1], "three": [1, None, 6 / 7, 1]}
     assert row["examples"]["Hello"] == [[c, tk.BYTE_TO_ID[ord(c)]] for c in "Hello"]
 
 
@@ -71,8 +70,15 @@ def test_a_character_without_an_id_leaves_a_gap(tmp_path):
         (row,) = json.loads(run("report", tokenizer, "--sentences", file, "--json").stdout).values()
         assert set(row["languages"]["two"].values()) == {None}
         assert row["languages"]["one"]["bytes_per_token"] == 1
-        assert row["partial_or_unknown"] == 0
+        assert row["languages"]["one"]["partial_or_unknown"] == 0
         assert b"two" in run("report", tokenizer, "--sentences", file).stdout
+
+
+def test_unknown_words_are_counted(tmp_path):
+    tokenizer = learn(tmp_path, ["ab ab b"], algorithm="wordpiece", vocab_size=20)
+    file = write(tmp_path / "own.json", {"one": ["ab b"], "two": ["ü ab"]})
+    (row,) = json.loads(run("report", tokenizer, "--sentences", file, "--json").stdout).values()
+    assert [found["partial_or_unknown"] for found in row["languages"].values()] == [0, 0.5]
 
 
 def test_tables_fit_100_columns(small, tmp_path):
