@@ -1804,7 +1804,7 @@ def measure_tokenizer(tokenizer: Tokenizer, languages: dict, width: int) -> dict
         first = first or n
         text = " ".join(sentences)
         words = np.nan if regex.search(UNSPACED, text) else len(re.findall(r"\S*\w\S*", text))
-        size = len("".join(sentences).encode())
+        size = len("".join(sentences).encode("utf-8", "surrogatepass"))
         row = {"bytes_per_token": size / n, "tokens_per_word": n / words, "against_first": n / first}
         row["partial_or_unknown"] = sum(LOST[0] in piece or piece in LOST for piece in pieces) / n
         rows[language] = {name: None if np.isnan(x) else x for name, x in row.items()}
@@ -1855,7 +1855,7 @@ def train_small(data: Path, seconds: int) -> dict:
 def column(row: dict) -> dict:
     """Write the figures of a tokenizer as the cells of its column in a table."""
     figures = [(name.replace("_", " "), x) for name, x in row.items() if not isinstance(x, dict)]
-    cells = {name: f"{x:,}" if isinstance(x, int) else f"{x:.3f}" for name, x in figures}
+    cells = {name: f"{round(x, 3):,}" for name, x in figures}
     cells["bytes a token, tokens a word and against first, partial or unknown"] = ""
     for language, found in row["languages"].items():
         cells[language] = " ".join("    -" if x is None else f"{x:5.2f}" for x in found.values())

@@ -65,7 +65,7 @@ def test_a_character_without_an_id_leaves_a_gap(tmp_path):
     tokenizer = learn(tmp_path, ["abc"], algorithm="char")
     with pytest.raises(tk.UserError):
         tk.Tokenizer.load(tokenizer).encode("ü")
-    for languages in ({"one": ["ab"], "two": ["ü"]}, {"two": ["ü"], "one": ["ab"]}):
+    for languages in ({"one": ["ab"], "two": ["ü"]}, {"two": ["ü"], "one": ["ab"]}, {"one": ["ab"], "two": ["a\ud800"]}):
         file = write(tmp_path / "own.json", languages)
         (row,) = json.loads(run("report", tokenizer, "--sentences", file, "--json").stdout).values()
         assert set(row["languages"]["two"].values()) == {None}
