@@ -37,6 +37,7 @@ else:
     import hashlib
     import heapq
     import importlib.metadata
+    import importlib.util
     import json
     import math
     import multiprocessing
@@ -46,9 +47,11 @@ else:
     import shlex
     import shutil
     import signal
+    import subprocess
     import sys
     import sysconfig
     import tempfile
+    import time
     import unicodedata
     import zlib
     from array import array
@@ -2109,6 +2112,115 @@ def say(text: str):
     """Print a line for people; standard output is for results."""
     print(text, file=sys.stderr, flush=True)
 
+# ---- Report ------------------------------------------------------------------------------------------------
+
+EXAMPLES = ("Hello world!", "Supercalifragilisticexpialidocious", "Hello", "नमस्ते")  # the chapter's own
+UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
+LOST = "\ufffd", "[UNK]", "<unk>"  # a piece that has or is one of these shows no text
+
+def read_sentences(path: Path | None) -> dict:
+    """Read parallel sentences, {language: [sentence, ...]}; by default those beside the tests."""
+    file = path or Path(__file__).parent / "tests" / "parallel_sentences.json"
+    check(path or file.is_file(), f"{file} is missing, it comes with a clone: give your own --sentences")
+    languages = parse_json(file.read_bytes(), file)
+    rows = list(languages.values()) if isinstance(languages, dict) else []
+    lists = rows and all(isinstance(row, list) and row and len(row) == len(rows[0]) for row in rows)
+    whole = lists and all(isinstance(text, str) and re.search(r"\w", text) for row in rows for text in row)
+    check(whole, f'{file} is not {{"language": ["sentence", ...], ...}} with as many sentences for each')
+    return languages
+
+def spell(tokenizer: Tokenizer, text: str) -> list[tuple]:
+    """Encode a text as pairs (piece, id); a part of a character is U+FFFD. [] where a character has no id."""
+    with contextlib.suppress(UserError):
+        ids = tokenizer.encode_array(text).tolist()
+        return [(tokenizer.token_bytes[i].decode(errors="replace"), i) for i in ids]
+    return []
+
+def measure_tokenizer(tokenizer: Tokenizer, languages: dict, width: int) -> dict:
+    """Measure a tokenizer on parallel sentences, and on the chapter's examples.
+
+    tokens_per_word: a word stands between spaces and has a letter; None where a script has no spaces.
+    partial_or_unknown: the share of tokens that stand for a part of a character (SentencePiece calls it byte
+    fallback), or for an unknown one. Unknown words make a text short, and it is lost.
+    """
+    rows = {}
+    first = None
+    for language, sentences in languages.items():
+        spelled = [spell(tokenizer, text) for text in sentences]
+        pieces = [piece.strip() for pairs in spelled for piece, _ in pairs]
+        n = len(pieces) if all(spelled) else np.nan
+        first = first or n
+        text = " ".join(sentences)
+        words = np.nan if regex.search(UNSPACED, text) else len(re.findall(r"\S*\w\S*", text))
+        size = len("".join(sentences).encode("utf-8", "surrogatepass"))
+        row = {"bytes_per_token": size / n, "tokens_per_word": n / words, "against_first": n / first}
+        row["partial_or_unknown"] = sum(LOST[0] in piece or piece in LOST for piece in pieces) / n
+        rows[language] = {name: None if np.isnan(x) else x for name, x in row.items()}
+    row = {"ids": tokenizer.n_vocab, "embedding_parameters": tokenizer.n_vocab * width}
+    return row | {"languages": rows, "examples": {text: spell(tokenizer, text) for text in EXAMPLES}}
+
+def measure_data(tokenizer: Tokenizer, folder: Path) -> dict:
+    """Measure a data folder: ids that its training text hardly uses, bytes per token of its validation."""
+    meta = parse_json((folder / "meta.json").read_bytes(), folder)
+    ids = np.fromfile(folder / "train.bin", np.dtype(meta["dtype"]).newbyteorder("<"))
+    counts = np.delete(np.bincount(ids, minlength=tokenizer.n_vocab), [*tokenizer.special.values()])
+    rare = {"ids_never_used": int((counts == 0).sum()), "ids_used_below_10": int((counts < 10).sum())}
+    val = meta["splits"]["val"]
+    return rare | {"bytes_per_token": val["bytes"] / val["tokens"]}
+
+def run_script(script: str, *args, enough=lambda: False):
+    """Run a script of this repository to its end, or until enough() is true; refuse as it refuses."""
+    line = [sys.executable, str(Path(__file__).with_name(script)), *map(str, args)]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as words:
+        with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=words) as process:
+            while process.poll() is None and not enough():
+                time.sleep(0.1)
+            process.terminate()
+        words.seek(0)
+        refusal = " ".join(words.read().rpartition("rror: ")[2].split())
+    check(process.returncode == 0 or enough(), refusal)
+
+def train_small(data: Path, seconds: int) -> dict:
+    """Train a small model for so many seconds; return its bits per byte on the validation text.
+
+    The learning rate is constant over the first 60 % of a run. So the run is stopped at half time; by then it
+    is known which step the last one will be, and the run goes on to there.
+    """
+    log = data / "model" / "metrics.jsonl"
+
+    def spent() -> list[float]:
+        lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+        return [json.loads(line).get("ms_per_step", 0) / 1000 for line in lines if line.endswith("}")]
+
+    options = ("--preset", "nano", "--max-steps", 10**6, "--eval-interval", 10**6, "--compile", "off")
+    run_script("train.py", "--data", data, "--out", log.parent, *options,
+               enough=lambda: sum(spent()) > seconds / 2)
+    steps = 1 + int(len(spent()) * seconds / sum(spent()))
+    run_script("train.py", "--resume", log.parent, "--max-steps", steps)
+    result = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
+    return {"bits_per_byte": result["val_bpb"], "steps": steps, "seconds": sum(spent())}
+
+def column(row: dict) -> dict:
+    """Write the figures of a tokenizer as the cells of its column in a table."""
+    figures = [(name.replace("_", " "), x) for name, x in row.items() if not isinstance(x, dict)]
+    cells = {name: f"{round(x, 3):,}" for name, x in figures}
+    cells["bytes a token, tokens a word and against first, partial or unknown"] = ""
+    for language, found in row["languages"].items():
+        cells[language] = " ".join("    -" if x is None else f"{x:5.2f}" for x in found.values())
+    for text, pairs in row["examples"].items():
+        cells[text] = " ".join(f"{piece!r} {i}" for piece, i in pairs)
+    return cells
+
+def draw(rows: list[dict], path: Path):
+    """Draw what depends on the number of ids, a panel for each figure."""
+    from matplotlib.figure import Figure
+    panels = [name for name in ("bytes_per_token", "ids_used_below_10", "bits_per_byte") if name in rows[0]]
+    figure = Figure(figsize=(3.5 * len(panels), 3), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        axis.semilogx([row["ids"] for row in rows], [row[name] for row in rows], "o", base=2)
+        axis.set(title=name.replace("_", " "), xlabel="ids")
+    figure.savefig(path)
+
 # ---- Commands ----------------------------------------------------------------------------------------------
 
 def train(
@@ -2170,6 +2282,61 @@ def decode(
     whole = isinstance(numbers, list) and all(type(i) is int for i in numbers)
     check(whole, "the ids are not a JSON list of whole numbers")
     sys.stdout.buffer.write(tok.decode_bytes(numbers))
+
+def report(
+    tokenizers: Annotated[list[str], typer.Argument(help="tokenizer.json files, or folders.")] = None,
+    sweep: Annotated[str, typer.Option(help="Sizes to learn a tokenizer of each: 512,1024,4096.")] = "",
+    algorithm: Annotated[Literal["bpe", "wordpiece", "spm-bpe", "unigram"], typer.Option()] = "bpe",
+    inputs: Annotated[list[str], typer.Option("--input", help="Text to learn from, and to count on.")] = (),
+    sentences: Annotated[Path, typer.Option(help="JSON: a list of parallel sentences a language.")] = None,
+    width: Annotated[int, typer.Option(min=1, help="n_embd, for the embedding's parameters.")] = 768,
+    seconds: Annotated[int, typer.Option("--train", min=0, help="Train a small model with each.")] = 0,
+    plot: Annotated[Path, typer.Option(help="Picture to write of the sizes (needs matplotlib).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+):
+    """Compare tokenizers, or vocabulary sizes: languages, unused ids, a small model in equal time.
+
+    Without --input, a sweep and --train take what `prepare` takes: the sources of this Python.
+    """
+    check(tokenizers or sweep, "name a tokenizer.json, or sizes to learn: --sweep 512,1024,4096")
+    check(re.fullmatch(r"(\d+(,\d+)*)?", sweep), f"--sweep {sweep} is no list of sizes: write 512,1024,4096")
+    reads = bool(inputs or sweep or seconds)
+    if plot:
+        check(reads, "--plot draws what a text shows: give --input, --sweep or --train")
+        check(importlib.util.find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
+        fine = plot.parent.is_dir() and plot.suffix in (".png", ".svg", ".pdf")
+        check(fine, f"--plot {plot} has to be a .png, .svg or .pdf in a folder that exists")
+    languages = read_sentences(sentences)
+    loaded = {name: Tokenizer.load(name) for name in tokenizers or ()}
+    wanted = {name: ["--tokenizer", name] for name in loaded}
+    for size in re.findall(r"\d+", sweep):
+        wanted[f"{algorithm} {size}"] = ["--algorithm", algorithm, "--vocab-size", size]
+    rows = {}
+    with tempfile.TemporaryDirectory() as work:
+        for name, options in wanted.items():
+            say(f"{name} ...")
+            folder = Path(work, f"{len(rows)}")
+            if reads:
+                run_script("tokenize.py", "prepare", *inputs, "--output", folder, *options)
+            tokenizer = loaded.get(name) or Tokenizer.load(folder)
+            rows[name] = measure_tokenizer(tokenizer, languages, width)
+            rows[name] |= measure_data(tokenizer, folder) if reads else {}
+            rows[name] |= train_small(folder, seconds) if seconds else {}
+    if plot:
+        draw([*rows.values()], plot)
+    if as_json:
+        return print(json.dumps(rows))
+    from rich import console, table
+    screen = console.Console(width=None if sys.stdout.isatty() else 100, markup=False, emoji=False)
+    columns = {name: column(row) for name, row in rows.items()}
+    beside = max(1, (screen.width - 22) // 26)
+    for start in range(0, len(rows), beside):
+        names = [*rows][start : start + beside]
+        heads = [table.Column(name, min_width=23, overflow="fold") for name in names]
+        grid = table.Table(table.Column(max_width=18, overflow="fold"), *heads)
+        for label in columns[names[0]]:
+            grid.add_row(label, *(columns[name][label] for name in names))
+        screen.print(grid)
 
 def prepare(
     inputs: Annotated[list[str], typer.Argument(help="File, folder, NAME=PATH; else this Python.")] = None,
@@ -2354,7 +2521,7 @@ def main():
     """Run the command that the user typed; print an error as one sentence."""
     app = typer.Typer(help="Turn text into tokens, and into a data folder.", no_args_is_help=True,
                       add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    for command in (train, encode, decode, prepare):
+    for command in (train, encode, decode, report, prepare):
         app.command()(command)
     try:
         app()
