@@ -2261,14 +2261,15 @@ def encode(
     seed: Annotated[int, typer.Option(help="Of --sample.")] = 0,
 ):
     """Print the ids of a text as one JSON list."""
+    check(n_best is None or 1 <= n_best <= 1000, f"--n-best {n_best} is out of range: 1 to 1000")
+    check(sample is None or 0 <= sample < 1000, f"--sample {sample} is out of range: 0 (all alike) to 1000")
+    check(0 <= seed < 2**31, f"--seed {seed} is out of range: 0 at least, and below 2^31")
     tok = Tokenizer.load(tokenizer)
     if text is None:
         text = without_mark(sys.stdin.buffer.read()).decode(errors="surrogateescape")
     if n_best is None and sample is None:
         print(json.dumps(tok.encode(text, "all" if "all" in special else special)))
         return
-    check(n_best is None or 1 <= n_best <= 1000, "--n-best is a number from 1 to 1000")
-    check(sample is None or 0 <= sample < 1000, "--sample is a number from 0, all ways alike, to 1000")
     for ids in tok.encode_ways(text, n_best, sample, random.Random(seed)):
         print(json.dumps(ids))
 
@@ -2289,8 +2290,8 @@ def report(
     algorithm: Annotated[Literal["bpe", "wordpiece", "spm-bpe", "unigram"], typer.Option()] = "bpe",
     inputs: Annotated[list[str], typer.Option("--input", help="Text to learn from, and to count on.")] = (),
     sentences: Annotated[Path, typer.Option(help="JSON: a list of parallel sentences a language.")] = None,
-    width: Annotated[int, typer.Option(min=1, help="n_embd, for the embedding's parameters.")] = 768,
-    seconds: Annotated[int, typer.Option("--train", min=0, help="Train a small model with each.")] = 0,
+    width: Annotated[int, typer.Option(help="n_embd, for the embedding's parameters.")] = 768,
+    seconds: Annotated[int, typer.Option("--train", help="Train a small model with each.")] = 0,
     plot: Annotated[Path, typer.Option(help="Picture to write of the sizes (needs matplotlib).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ):
@@ -2298,6 +2299,8 @@ def report(
 
     Without --input, a sweep and --train take what `prepare` takes: the sources of this Python.
     """
+    check(1 <= width <= 2**20, f"--width {width} is out of range: 1 to 2^20")
+    check(0 <= seconds <= 10**6, f"--train {seconds} is out of range: seconds, 0 for none")
     check(tokenizers or sweep, "name a tokenizer.json, or sizes to learn: --sweep 512,1024,4096")
     check(re.fullmatch(r"(\d+(,\d+)*)?", sweep), f"--sweep {sweep} is no list of sizes: write 512,1024,4096")
     reads = bool(inputs or sweep or seconds)

@@ -13,7 +13,8 @@ from typer.models import OptionInfo
 
 SENSELESS = {int: ["-1", "-99999999999999999999", "99999999999999999999"], float: ["nan", "inf", "-inf", "-1"]}
 # What has to be there before the numbers are looked at.
-NEEDED = {"tokenize train": ["--input", "x.txt", "--output", "y.json"], "tokenize prepare": ["x.txt", "--output", "y"]}
+NEEDED = {"tokenize train": ["--input", "x.txt", "--output", "y.json"], "tokenize prepare": ["x.txt", "--output", "y"],
+          "tokenize encode": ["--tokenizer", "y.json", "x"]}  # fmt: skip
 
 
 def app_of(name: str) -> typer.Typer:
