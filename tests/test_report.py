@@ -117,15 +117,13 @@ def test_a_sweep_counts_what_prepare_wrote(text, tmp_path):
 
 
 @pytest.mark.slow
-def test_small_models_in_equal_time(text, tmp_path):
+def test_a_small_model_is_trained_for_a_time(small, text, tmp_path):
     source = tmp_path / "source.txt"
     source.write_text(text)
-    out = run("report", "--sweep", "300,1000", "--input", source, "--train", "6", "--json").stdout
-    for row in json.loads(out).values():
-        assert 1 < row["bits_per_byte"] < 8 and row["steps"] > 2
-        assert row["seconds"] == pytest.approx(6, rel=0.5)
-    sizes = {tokenizer["ids"] for tokenizer in json.loads(out).values()}
-    assert sizes == {300, 1000}
+    out = run("report", small, "--input", source, "--train", "4", "--json").stdout
+    (row,) = json.loads(out).values()
+    assert 1 < row["bits_per_byte"] < 8 and row["steps"] > 1
+    assert 2 < row["seconds"] < 40  # half of it is measured; the rest may meet a busier machine
 
 
 @pytest.mark.slow
