@@ -2040,7 +2040,7 @@ def find_worst(documents: Documents, rows: np.ndarray, reference: str, share=0.1
     """Find the share of documents that is least like a reference text.
 
     A linear classifier, naive Bayes: the weight of a word or pair of words says how much likelier it is in
-    the reference than in the corpus (as in DSIR, Xie et al. 2023, 2302.03169). The mean is a document's score.
+    the reference than in the corpus (as in DSIR, 2302.03169). The mean is a document's score.
     """
     def hash_pairs(text: str) -> np.ndarray:
         words = hash_words(text).astype(np.int64)
@@ -2060,16 +2060,15 @@ def compute(function, items, what: str, processes=False):
     total = len(items) if hasattr(items, "__len__") else None  # a generator has a bar of its own
     items = iter(items)
     first = list(islice(items, cores))
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by this process alone
     # Threads are enough for tiktoken. Worker processes start the program that runs: it has to be this file.
     if processes and len(first) > 1 and __name__ == "__main__":
         context = multiprocessing.get_context("spawn")  # the one way that all systems have
+        ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by this process alone
         pool = ProcessPoolExecutor(len(first), context, signal.signal, ignore)
     else:
         pool = ThreadPoolExecutor(cores)
-    handler = signal.signal(*ignore)  # the workers inherit this, so they are quiet while they start, too
-    window = deque(pool.submit(function, item) for item in first)
-    signal.signal(signal.SIGINT, handler)
+    with delayed_ctrl_c():  # the workers inherit this, so they are quiet while they start, too
+        window = deque(pool.submit(function, item) for item in first)
 
     def results():
         for item in items:
@@ -2081,6 +2080,14 @@ def compute(function, items, what: str, processes=False):
         yield from results() if total is None else track(results(), what, total)
     finally:
         pool.shutdown(cancel_futures=True)
+
+def delayed_ctrl_c():
+    """Hold a Ctrl-C back until the end of a block, where the system can."""
+    stack = contextlib.ExitStack()
+    if hasattr(signal, "pthread_sigmask"):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
+    return stack
 
 def track(items, what, total, size_of=lambda item: 1):
     """Go through items with a bar and the time left."""
