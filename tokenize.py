@@ -1,19 +1,30 @@
 """Turn text into tokens, and documents into a data folder.
 
-A tokenizer is learned from text and kept in one file, Hugging Face's tokenizer.json. Byte-level BPE starts
-from the 256 bytes and joins the most frequent pair of neighbours into a new token, again and again. That is
-`get_pairs`, `merge` and `train_bpe_plain`; `train_bpe` learns the same merges faster. `prepare` cleans,
-deduplicates and splits documents and writes them as one long row of token ids.
-Left out so far: WordPiece, Unigram, byte fallback. Near-duplicates are counted, not removed. All text is held
-in memory at once.
+A tokenizer is learned from text and kept in one file, Hugging Face's tokenizer.json. Five ways to learn one:
+
+- BPE joins the most frequent pair of neighbours into a new token, again and again, beginning with the 256
+  bytes (`bpe`) or with characters, the space one of them (`spm-bpe`). `train_plain` is the method as it is
+  told; `train_bpe` learns the same merges faster, because a merge visits only its places (`Row`).
+- WordPiece joins the pair that makes the text likeliest, and cuts a word greedily (`wordpiece`).
+- Unigram begins with many pieces and drops those that the text misses least (`train_unigram`, `Lattice`); of
+  all ways to cut a text it takes the likeliest (`viterbi`), or draws one.
+- characters (`char`) and bytes (`byte`) as they are: what the others are measured against.
+
+A tokenizer also spells conversations, by the template of its folder (`Tokenizer.render`). `prepare` cleans
+documents by filters with names, drops duplicates, near ones by MinHash (`sign`, `find_pairs`), splits, and
+writes one long row of ids, without ever holding the text. `report` lays tokenizers side by side.
+Left out: WordLevel, SentencePiece's own .model files (transformers converts them), texts from the web.
 
     python tokenize.py prepare                          # the Python that is installed here -> data/python
     python tokenize.py prepare shakespeare.txt --output data/shakespeare --algorithm char
     python tokenize.py train --input shakespeare.txt --vocab-size 1024 --output tokenizer.json
     python tokenize.py encode --tokenizer tokenizer.json "lower lowest"
     python tokenize.py decode --tokenizer tokenizer.json "[75, 78, 86]"
+    python tokenize.py report tokenizer.json            # languages, the chapter's examples
 
-Papers: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; Radford et al. 2019 (GPT-2: BPE on bytes).
+BPE: Sennrich et al. 2016 (1508.07909); on bytes: Radford et al. 2019 (GPT-2). WordPiece: Schuster, Nakajima
+2012. Unigram, subword regularization: Kudo 2018 (1804.10959). SentencePiece: Kudo, Richardson 2018
+(1808.06226). MinHash: Broder 1997.
 """
 
 from __future__ import annotations
