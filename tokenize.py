@@ -2292,7 +2292,7 @@ def report(
     inputs: Annotated[list[str], typer.Option("--input", help="Text to learn from, and to count on.")] = (),
     sentences: Annotated[Path, typer.Option(help="JSON: a list of parallel sentences a language.")] = None,
     width: Annotated[int, typer.Option(help="n_embd, for the embedding's parameters.")] = 768,
-    seconds: Annotated[int, typer.Option("--train", help="Train a small model with each.")] = 0,
+    seconds: Annotated[int, typer.Option("--train", help="Seconds to train a small model with each.")] = 0,
     plot: Annotated[Path, typer.Option(help="Picture to write of the sizes (needs matplotlib).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ):
