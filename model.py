@@ -1864,12 +1864,12 @@ class Run:
 
     def write(self, record: dict) -> None:
         """Append a line to metrics.jsonl."""
-        record = {name: float(f"{v:.9g}") if isinstance(v, float) else v for name, v in record.items()}
-        self.records.append({"step": self.at, **record})
+        record = json.loads(json.dumps({"step": self.at, **record}), **LOGGED)
+        self.records.append(record)
         try:
             if self.ranks.rank == 0:
                 with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(self.records[-1]) + "\n")
+                    file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error.strerror}).") from None
 
@@ -1879,13 +1879,16 @@ class Run:
             raise KeyboardInterrupt
         self.asked = True
 
+# How a log's numbers are read: nine digits; null in the place of NaN and infinity, which JSON does not know.
+LOGGED = {"parse_float": lambda text: float(f"{float(text):.9g}"), "parse_constant": lambda name: None}
+
 def read_metrics(path: Path) -> list[dict]:
     """Read a run's log; what a kill or a full disk left of a line is passed over."""
     records = []
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             with contextlib.suppress(ValueError):
-                record = json.loads(line)
+                record = json.loads(line, **LOGGED)
                 if isinstance(record, dict) and is_a(record.get("step"), int):
                     records.append(record)
     return records
