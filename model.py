@@ -1696,7 +1696,8 @@ def make_config(o: TrainOptions, tokens: Tokens, saved: bool = False, **fields) 
     if not o.init:
         ids["pad_id"] = load_tokenizer(tokens.folder).pad_id
         return resize(o.preset, o.n_layer, o.n_embd, o.seq_len, **fields | ids | o.fields_set)
-    sizes = [n for n in ("n_layer", "n_embd") if getattr(o, n)] + list(o.fields_set.keys() - training.keys())
+    sizes = [n for n in ("preset", "n_layer", "n_embd") if getattr(o, n) != getattr(TrainOptions, n)]
+    sizes += o.fields_set.keys() - training.keys()
     check(not sizes, f"{', '.join(sizes)} cannot be chosen: the sizes are those of --init {o.init}.")
     config = load_config(o.init)
     check(config.head == "lm", f"--init {o.init} is a reward model: it gives scores, and no next token.")
