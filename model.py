@@ -1645,7 +1645,8 @@ def make_config(o: TrainOptions, tokens: Tokens, saved: bool = False, **fields) 
     if not o.init:
         ids["pad_id"] = load_tokenizer(tokens.folder).pad_id
         return resize(o.preset, o.n_layer, o.n_embd, o.seq_len, **fields | ids | o.fields_set)
-    sizes = [n for n in ("n_layer", "n_embd") if getattr(o, n)] + list(o.fields_set.keys() - training.keys())
+    sizes = [n for n in ("preset", "n_layer", "n_embd") if getattr(o, n) != getattr(TrainOptions, n)]
+    sizes += o.fields_set.keys() - training.keys()
     check(not sizes, f"{', '.join(sizes)} cannot be chosen: the sizes are those of --init {o.init}.")
     config = load_config(o.init)
     check(config.head == "lm", f"--init {o.init} is a reward model: it gives scores, and no next token.")
@@ -1813,12 +1814,12 @@ class Run:
 
     def write(self, record: dict) -> None:
         """Append a line to metrics.jsonl."""
-        record = {name: float(f"{v:.9g}") if isinstance(v, float) else v for name, v in record.items()}
-        self.records.append({"step": self.at, **record})
+        record = json.loads(json.dumps({"step": self.at, **record}), **LOGGED)
+        self.records.append(record)
         try:
             if self.ranks.rank == 0:
                 with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(self.records[-1]) + "\n")
+                    file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error.strerror}).") from None
 
@@ -1828,13 +1829,16 @@ class Run:
             raise KeyboardInterrupt
         self.asked = True
 
+# How a log's numbers are read: nine digits; null in the place of NaN and infinity, which JSON does not know.
+LOGGED = {"parse_float": lambda text: float(f"{float(text):.9g}"), "parse_constant": lambda name: None}
+
 def read_metrics(path: Path) -> list[dict]:
     """Read a run's log; what a kill or a full disk left of a line is passed over."""
     records = []
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             with contextlib.suppress(ValueError):
-                record = json.loads(line)
+                record = json.loads(line, **LOGGED)
                 if isinstance(record, dict) and is_a(record.get("step"), int):
                     records.append(record)
     return records

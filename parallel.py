@@ -794,9 +794,10 @@ def train(o: Options) -> dict:
         saver.begin(state | {"taken": batches.taken, "data": data})
         if state["finished"] or not state["at"]:
             saver.finish()
-        if state["finished"] and ranks.rank == 0:
+        if not state["finished"]:
+            barrier()
+        elif ranks.rank == 0:  # alone: reading and writing all of a large model outlasts any --timeout
             join_shards(folder)
-        barrier()
 
     # 3. The steps
     measure = functools.partial(assess, o, layout, model, val, weights)
@@ -820,16 +821,16 @@ def train(o: Options) -> dict:
 
 @contextlib.contextmanager
 def finish_or_explain(saver: Saver, ranks: Ranks):
-    """Finish the save that is under way when a run is stopped; say so when other ranks are gone."""
+    """Finish the save that is under way, however a run ends; say so when other ranks are gone."""
     try:
         yield
-    except KeyboardInterrupt:
-        saver.finish()
-        raise
-    except RuntimeError as error:
+    except BaseException as error:
         lost = ("gloo", "connection", "timed out", "timeout", "nccl", "peer")
-        if not any(word in str(error).lower() for word in lost):
+        if not isinstance(error, RuntimeError) or not any(word in str(error).lower() for word in lost):
+            saver.finish()
             raise
+        with contextlib.suppress(UserError):  # nobody is waited for: are all shards there already?
+            saver.finish(wait=False)
         raise UserError(f"Rank {ranks.rank} lost the others ({str(error)[:120]!r}): --resume {saver.folder} "
                         "goes on, torchrun --max-restarts by itself.") from None
 

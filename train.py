@@ -27,9 +27,9 @@ from typing import Annotated
 from model import (  # before torch: it says how OpenMP's threads wait
     IGNORE, START, Batches, Config, Run, Tokens, TrainOptions, Transformer, UserError, barrier,
     build_optimizer, check, check_out, clip_gradients, command, config_to_hf, console, count_params,
-    default_data, derive, evaluate, evaluate_mixture, fingerprint, generate, load_model, load_moe, load_state,
-    load_tokenizer, make_config, open_data, open_run, opt, pick_dtype, rank_and_world, read_json, run_app,
-    save_checkpoint, save_files, say, seed_of, setup_distributed, sum_over_ranks,
+    default_data, derive, evaluate, evaluate_mixture, fingerprint, generate, is_a, load_model, load_moe,
+    load_state, load_tokenizer, make_config, open_data, open_run, opt, pick_dtype, rank_and_world, read_json,
+    run_app, save_checkpoint, save_files, say, seed_of, setup_distributed, sum_over_ranks,
 )
 
 import numpy as np
@@ -359,7 +359,7 @@ def curve(records: list[dict], width: int = 72, height: int = 12) -> str:
     for record in records:
         x = (record["step"] - first) * (width - 1) // max(1, last - first)
         for mark, name in (("·", "loss"), ("o", "val_loss")):
-            if math.isfinite(record.get(name, math.nan)):
+            if is_a(record.get(name), float):  # (a loss that was no number is null)
                 columns.setdefault((mark, x), []).append(record[name])
     means = {place: sum(losses) / len(losses) for place, losses in columns.items()}
     if len(means) < 2:

@@ -112,15 +112,21 @@ def one_process(o):
     return losses, first, parallel.named_weights(model)
 
 
-def compare(o, reference):
-    """Take the same steps on this layout -> how far losses, first gradient and last weights are off."""
-    losses, first, last = reference
+def open_layout(o):
+    """Join the group and build this rank's part of a run -> config, layout, model, what to call, optimizer, data."""
     ranks = parallel.join_processes("cpu", 60)
     sources, _, weights = open_data(o.data)
     config = make_config(o, sources[0])
     layout = o.layout(ranks.world)
-    model, forward, optimizer = parallel.open_model(o, config, layout, ranks)
+    made = parallel.open_model(o, config, layout, ranks)
     batches = Batches(sources, weights, o, config.seq_len, ranks.device, ranks.rank // layout.tp, layout.dp)
+    return config, layout, *made, batches
+
+
+def compare(o, reference):
+    """Take the same steps on this layout -> how far losses, first gradient and last weights are off."""
+    losses, first, last = reference
+    config, layout, model, forward, optimizer, batches = open_layout(o)
     named = dict(model.named_parameters())
     share = sum(local(p).numel() for p in named.values()) / sum(last[n].numel() for n in named)
     seen, gradients = [], {}
@@ -205,12 +211,7 @@ def counts(data):
 
 def count_step(o):
     """Take one step -> {"sent": {"phase/name": [count, bytes]}, "memory": ..., and both as formulas}."""
-    ranks = parallel.join_processes("cpu", 60)
-    sources, _, weights = open_data(o.data)
-    config = make_config(o, sources[0])
-    layout = o.layout(ranks.world)
-    model, forward, optimizer = parallel.open_model(o, config, layout, ranks)
-    batches = Batches(sources, weights, o, config.seq_len, ranks.device, ranks.rank // layout.tp, layout.dp)
+    config, layout, model, forward, optimizer, batches = open_layout(o)
     micro_batches, targets, windows = batches.at(0)
     memory = {"parameters": sum(local(p).nbytes for p in model.parameters())}
 

@@ -539,6 +539,27 @@ def stages(tmp_path_factory, base, lines):
     return home
 
 
+def test_the_loss_of_sft_is_a_mean_over_tokens(stages):
+    """Random weights know nothing: ln V nats a token."""
+    assert records(stages / "sft")[0]["val_loss"] == pytest.approx(math.log(448), rel=0.1)
+
+
+def test_additions_by_hand():
+    layer = align.LoRA(align.Linear(6, 5, bias=False), rank=2, alpha=8.0, seed=0)
+    layer.lora_B.data.normal_()
+    x = torch.randn(3, 6)
+    want = x @ layer.weight.T + 4 * x @ layer.lora_A.T @ layer.lora_B.T
+    torch.testing.assert_close(layer(x), want)
+    torch.testing.assert_close(x @ layer.merged().T, want)
+
+
+def test_answers_are_drawn_at_their_temperature():
+    """At 0.5 odds of 2 are odds of 4."""
+    pick = align.sampler(0.5, 2, 0, torch.device("cpu"))
+    drawn = pick(torch.tensor([math.log(2.0), 0.0]).repeat(20_000, 1))
+    assert drawn.float().mean().item() == pytest.approx(0.2, abs=0.01)
+
+
 def test_stages_learn(stages):
     for name, start in (("sft", None), ("dpo", math.log(2)), ("reward", math.log(2))):
         rows = [r for r in records(stages / name) if "val_loss" in r]
@@ -681,13 +702,18 @@ def test_variants_run(loss, beta, first, base, lines, tmp_path):
     assert ("reference/items" in kept) == (loss != "simpo")
 
 
-def test_simpo_is_a_mean_per_token(base, lines, tmp_path):
-    """Answers of different lengths, each by the mean of its own tokens."""
-    learner = align.DPO(options("dpo", base, lines / "pairs.jsonl", tmp_path / "o", loss="simpo"))
+@pytest.mark.parametrize("loss", ["simpo", "norm", "ipo"])
+def test_a_mean_per_token(loss, base, lines, tmp_path):
+    """Answers of different lengths, each by the mean of its own tokens; a reference is -10 for all."""
+    learner = align.DPO(options("dpo", base, lines / "pairs.jsonl", tmp_path / "o", loss=loss, beta=2.0))
     batch = collate([item.examples for item in learner.items], 128)
-    chosen, rejected = (logps(load_model(base), batch) / batch.lengths).view(-1, 2).unbind(1)
+    for item in learner.items:
+        item.facts["reference"] = torch.full((2,), -10.0)
+    below = 0 if loss == "simpo" else -10
+    chosen, rejected = ((logps(load_model(base), batch) - below) / batch.lengths).view(-1, 2).unbind(1)
     assert (batch.lengths.view(-1, 2).diff() != 0).any()
-    want = align.simpo_loss(chosen, rejected).mean().item()
+    function = {"simpo": align.simpo_loss, "norm": align.dpo_loss, "ipo": align.ipo_loss}[loss]
+    want = function(chosen, rejected, 2.0).mean().item()
     assert learner.measure(learner.items)["preference"] == pytest.approx(want, rel=1e-4)
 
 

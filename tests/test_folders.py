@@ -672,6 +672,15 @@ def test_the_order_is_a_function_of_seed_and_position(tmp_path):
     again = Tokens(tokens.folder, "train")
     assert torch.equal(again.batch(30, 2, T, seed=1)[0], whole[0][30:32])  # no need to have been there before
     assert not torch.equal(again.batch(0, total, T, seed=2)[0], whole[0])
+    begins = {tuple(sorted(set((whole[0][i : i + 11, 0] % T).tolist()))) for i in (0, 11, 22)}
+    assert len(begins) > 1  # each epoch cuts its windows from a place of its own
+
+
+def test_a_mixtures_loss_is_the_mean_by_weight():
+    sources = [SimpleNamespace(folder=Path(name), loss=loss) for name, loss in (("a", 2.0), ("b", 4.0))]
+    one = lambda t: {"val_loss": t.loss, "val_tokens": 5}  # noqa: E731
+    found = octavo.evaluate_mixture(one, sources, [3.0, 1.0])
+    assert found == {"val_loss": 2.5, "val_tokens": 10, "val_loss_a": 2.0, "val_loss_b": 4.0}
 
 
 @pytest.mark.parametrize("n, T, B", [(61, 10, 2), (60, 10, 4), (60, 7, 3), (5, 10, 1)])

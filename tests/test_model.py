@@ -584,6 +584,16 @@ def test_rewind_is_never_having_gone_there(window):
 
 
 @torch.no_grad()
+def test_rewind_to_the_middle_of_a_padding():
+    """What stood behind is forgotten, the padding before it stays unseen."""
+    net, x = make(), ids(1, 4)
+    cache = Cache(net.config, 1, 8)
+    net(torch.cat([x[:, :3], ids(1, 4, seed=3)], 1), positions=torch.tensor([[0, 1, 2, -1, -1, 3, 4]]), cache=cache)
+    cache.rewind(4)
+    close(net(x[:, 3:], positions=torch.tensor([3]), cache=cache)[0], net(x)[0][:, 3:])
+
+
+@torch.no_grad()
 def test_cache_of_unequal_rows_padded_on_either_side():
     net, x = make(), ids(2, 6)
     want = [net(x[:1])[0][0], net(x[1:, :4])[0][0]]

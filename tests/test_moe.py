@@ -290,6 +290,12 @@ def test_room_by_hand():
 # --- Balance ---
 
 
+def test_the_router_computes_in_float32():
+    config = Config(n_embd=64, n_expert=8)
+    router, x = moe.Router(config), torch.randn(32, 64).bfloat16()
+    torch.testing.assert_close(router(x)[0], x.float() @ router.weight.T)
+
+
 def test_z_loss_by_hand():
     """ln(e^0 + e^0) = ln 2 and ln(e^1 + e^1) = 1 + ln 2, squared, on average (2202.08906, eq. 5)."""
     logits = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])
@@ -583,7 +589,7 @@ def test_upcycle_and_train_on(dense, modules, tmp_path):
     mixed = tmp_path / "mixed"
     losses = call(moe.upcycle, dense, mixed, "--data", modules, "--n-expert", "4")
     assert losses["dense"] == pytest.approx(losses["mixture"], abs=2e-6)
-    sizes = {"n_layer": None, "n_embd": None, "seq_len": None, "init": str(mixed), "max_steps": 2}
+    sizes = {"preset": "micro", "n_layer": None, "n_embd": None, "seq_len": None, "init": str(mixed), "max_steps": 2}
     run(modules, tmp_path / "on", **sizes)
     first = records(tmp_path / "on")[0]
     assert first["loss"] == pytest.approx(losses["dense"], abs=0.5) and len(first["load"][0]) == 4

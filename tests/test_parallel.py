@@ -1,5 +1,6 @@
 """Hold parallel.py: layouts equal one process, what is sent and kept equals the formulas, nothing is lost."""
 
+import concurrent.futures
 import errno
 import inspect
 import itertools
@@ -533,7 +534,7 @@ def test_whole_state_that_does_not_fit(damage, stopped, group):
 
 @pytest.fixture
 def saver(data, tmp_path, group):
-    """A Saver of one process, and a function that fills its weights with a number and saves them so."""
+    """A Saver of one process, and a function that fills its weights with a number and saves them so, or begins to."""
     sizes = {"n_layer": 1, "n_head": 1, "n_kv_head": 1, "n_embd": 8, "head_dim": 8, "ffn_dim": 8}
     o = parallel.Options(device="cpu", dtype="fp32", optimizer="adamw", compile="off")
     ranks = parallel.join_processes("cpu", 60)
@@ -542,13 +543,14 @@ def saver(data, tmp_path, group):
     state = {"command": "pretrain", "finished": False, "options": {"optimizer": "adamw"}, "scale": 1.0, "good": 0,
              "skipped": 0}
 
-    def save(step):
+    def save(step, finish=True):
         for p in parallel.named_weights(net).values():
             p.fill_(step)
         made.begin(state | {"at": step})
         for p in parallel.named_weights(net).values():
             p.fill_(-1)  # the run goes on while the save is written
-        made.finish()
+        if finish:
+            made.finish()
 
     return made, save
 
@@ -596,6 +598,47 @@ def test_what_is_no_number_is_not_saved(saver):
     with pytest.raises(UserError, match="are no numbers"):
         save(math.nan)
     assert step_of(made.folder) == 1
+
+
+@pytest.mark.parametrize("error", [UserError("refused"), OSError("disk"), KeyboardInterrupt(), torch.OutOfMemoryError()])
+def test_a_save_is_finished_however_the_run_ends(error, saver):
+    made, save = saver
+    save(1)
+    with pytest.raises(type(error)), parallel.finish_or_explain(made, model.Ranks()):
+        save(2, finish=False)
+        raise error
+    assert step_of(made.folder) == 2
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_when_the_others_are_gone_only_what_they_wrote_is_put_in_place(written, saver):
+    made, save = saver
+    save(1)
+    with pytest.raises(UserError, match="lost the others"), parallel.finish_or_explain(made, model.Ranks()):
+        save(2, finish=False)
+        made.pending.result()
+        if not written:
+            made.pending = concurrent.futures.Future()  # it would wait for ever
+        raise RuntimeError("Connection closed by peer")
+    assert step_of(made.folder) == (2 if written else 1)
+
+
+SLOW_JOIN = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import parallel
+join = parallel.join_shards
+parallel.join_shards = lambda folder: time.sleep(16) or join(folder)
+parallel.train(parallel.Options(data=[sys.argv[2]], out=sys.argv[3], preset="nano", n_layer=1, n_embd=32, seq_len=32,
+    tokens_per_step=64, max_steps=1, device="cpu", timeout=10.0))
+"""
+
+
+@pytest.mark.slow
+def test_joining_the_shards_may_take_longer_than_the_timeout(data, tmp_path):
+    (tmp_path / "join.py").write_text(SLOW_JOIN)
+    code, _, err = command(tmp_path / "join.py", ROOT, data, tmp_path / "run", ranks=2, env=ONE)
+    assert code == 0 and (tmp_path / "run" / "model.safetensors").exists(), err
 
 
 @pytest.mark.parametrize("exists", [True, False])

@@ -275,7 +275,7 @@ def test_a_nan_step_is_skipped_and_counted(data, tmp_path, monkeypatch):
     assert saved_state(tmp_path / "run")["skipped"] == 2
     assert all(p.isfinite().all() for p in load_model(tmp_path / "run").parameters())
     losses = [r["loss"] for r in records(tmp_path / "run") if "loss" in r]
-    assert [math.isnan(loss) for loss in losses] == [False, True, False, True, False, False]
+    assert [loss is None for loss in losses] == [False, True, False, True, False, False]  # JSON has no NaN
 
 
 def poison(monkeypatch, steps) -> None:
@@ -307,8 +307,12 @@ def test_fp16_halves_its_scale_until_nothing_overflows(data, tmp_path):
     (run / "state" / "state.json").write_text(json.dumps(state | {"scale": 2.0**100}))
     train.train(resumed(train.Options, run, max_steps=4))
     state = saved_state(run)
-    assert state["scale"] == 2.0**98 and state["skipped"] == 2
+    assert state["scale"] == 2.0**98 and state["skipped"] == 2 and state["good"] == 0
     assert weights(run) == before
+    (run / "state" / "state.json").write_text(json.dumps(state | {"scale": 2.0**10, "good": 998}))
+    train.train(resumed(train.Options, run, max_steps=7))
+    state = saved_state(run)
+    assert state["scale"] == 2.0**11 and state["good"] == 1001  # a thousand good ones: tried again at twice
 
 
 # ---- runs --------------------------------------------------------------------------------------------------
@@ -319,6 +323,7 @@ def test_a_run_learns_and_leaves_a_folder(data, tmp_path):
     steps = [r for r in records(tmp_path / "run") if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 61))
     assert {"loss", "grad_norm", "lr", "ms_per_step", "tok_per_s", "mfu"} <= steps[0].keys()
+    assert all(r["tok_per_s"] * r["ms_per_step"] == pytest.approx(256_000, rel=1e-6) for r in steps)
     assert steps[0]["loss"] > 4 > 3.2 > result["val_loss"]
     assert result["val_tokens"] == Tokens(data, "val").n - 1  # the last evaluation takes all of the text
     files = {p.name for p in (tmp_path / "run").iterdir()}
@@ -738,7 +743,7 @@ def test_other_peoples_data_and_folders(data, modules, tmp_path):
     copy = rewrite(data, tmp_path / "beyond", lambda split, ids: np.where(every[: len(ids)], ids, 60_000))
     refused("beyond the vocabulary", options(copy, tmp_path / "other"))
     refused("different tokenizers", options(data, tmp_path / "both", data=[str(data), str(modules)]))
-    free = {"init": str(run), "n_layer": None, "n_embd": None, "set": []}
+    free = {"init": str(run), "preset": "micro", "n_layer": None, "n_embd": None, "set": []}
     refused("different tokenizers", options(modules, tmp_path / "both", **free))
     state = run / "state" / "state.json"
     changed = state.read_text().replace(json.dumps(str(data)), json.dumps(str(modules)))
@@ -840,7 +845,7 @@ def test_overwrite_begins_again(data, tmp_path):
 
 
 def test_init_starts_from_a_folder(data, tmp_path):
-    free = {"n_layer": None, "n_embd": None, "seq_len": None, "set": []}
+    free = {"preset": "micro", "n_layer": None, "n_embd": None, "seq_len": None, "set": []}
     train.train(options(data, tmp_path / "first", max_steps=40, lr=1e-2))
     train.train(options(data, tmp_path / "second", init=str(tmp_path / "first"), **free))
     first, second = (records(tmp_path / name) for name in ("first", "second"))
@@ -849,7 +854,7 @@ def test_init_starts_from_a_folder(data, tmp_path):
     longer = {**free, "seq_len": 64, "set": ["dropout=0.1"]}  # a context and what acts in training may differ
     train.train(options(data, tmp_path / "third", init=str(tmp_path / "first"), **longer))
     assert model.load_config(tmp_path / "third").seq_len == 64
-    for changes in ({"n_layer": 2}, {"n_embd": 32}, {"set": ["n_head=2"]}):
+    for changes in ({"preset": "nano"}, {"n_layer": 2}, {"n_embd": 32}, {"set": ["n_head=2"]}):
         with pytest.raises(UserError, match="cannot be chosen"):
             train.train(options(data, tmp_path / "no", init=str(tmp_path / "first"), **{**free, **changes}))
     with pytest.raises(UserError, match="the other --objective"):
@@ -861,7 +866,7 @@ def test_init_starts_from_a_folder(data, tmp_path):
 
 def test_what_a_folder_says_is_kept_when_it_is_trained_on(data, tmp_path):
     """Its chat template and its ends, through --init, OUT-best and --resume."""
-    free = {"n_layer": None, "n_embd": None, "seq_len": None, "set": []}
+    free = {"preset": "micro", "n_layer": None, "n_embd": None, "seq_len": None, "set": []}
     first = tmp_path / "first"
     train.train(options(data, first, max_steps=1))
     said = {"generation_config.json": {"eos_token_id": [3, 5], "top_k": 7},
@@ -1033,7 +1038,7 @@ def test_a_curve_of_anything():
     assert train.curve(log(3.0)) == ""
     shown = train.curve(log(4.0, 2.0, val=[3.0]), width=9, height=3).splitlines()
     assert shown[:3] == ["  4.00 │·", "  3.00 │        o", "  2.00 │        ·"]
-    for strange in (math.nan, math.inf, -math.inf):
+    for strange in (math.nan, math.inf, -math.inf, None):
         assert "o val" in train.curve(log(3.0, strange, 2.0, val=[strange, 1.0]))
         assert train.curve(log(strange, strange, val=[strange])) == ""
     assert "o val" in train.curve(log(2.0, 2.0))  # a flat one
