@@ -28,7 +28,7 @@ from typing import Annotated
 
 from model import (  # before torch: it says how OpenMP's threads wait
     Cache, Config, UserError, check, command, console, find_checkpoint, greedy, load_config, load_model,
-    load_tokenizer, opt, pick_device, pick_dtype, render, run_app, say,
+    load_tokenizer, opt, pick_device, pick_dtype, read_json, render, run_app, say,
 )
 
 import torch
@@ -65,6 +65,10 @@ class Options:
         if self.seed is None:
             self.seed = torch.Generator().seed() % 2**31
 
+# What generation_config.json may ask for; beside it what changes nothing.
+OTHER_SETTINGS = {"temperature": None, "top_k": None, "top_p": None, "repetition_penalty": 1.0, "min_p": 0.0,
+                  "typical_p": 1.0, "num_beams": 1, "no_repeat_ngram_size": 0, "stop_strings": None,
+                  "suppress_tokens": None, "bad_words_ids": None}
 CHOICE = ("temperature", "top_k", "top_p", "seed")
 USELESS = {"fill": ("prompt", "max_new_tokens", "num_samples", "ignore_eos", "no_cache", *CHOICE),
            "chat": ("prompt", "fill", "num_samples", "ignore_eos", "no_cache", "json")}
@@ -326,6 +330,7 @@ def main(o: Options) -> None:
         known(render(tokenizer, [{"role": "user", "content": "?"}], reply=True)[0], config)
     else:
         text, ids = read_prompt(o, tokenizer, config)
+    name_other_settings(folder, o)
     small = device.type == "cpu" and config.matrix_params < 2**28  # bf16 is no faster, and near ties move
     dtype = "fp32" if o.dtype == "auto" and small else o.dtype
     model = load_model(folder, device, pick_dtype(dtype, device))
@@ -339,6 +344,16 @@ def main(o: Options) -> None:
         talk(model, tokenizer, o.max_new_tokens, picker(o, tokenizer.n_vocab, device), stop)
     else:
         print_samples(o, model, tokenizer, text, ids, stop)
+
+def name_other_settings(folder: Path, o: Options) -> None:
+    """Say what a folder's generation_config.json asks for and this command does not do."""
+    path = folder / "generation_config.json"
+    asked = read_json(path) if path.is_file() else {}
+    asked = {name: asked[name] for name in OTHER_SETTINGS if asked.get(name) is not None}
+    used = OTHER_SETTINGS | {"temperature": o.temperature, "top_p": o.top_p, "top_k": o.top_k}
+    other = [f"{name} {value}" for name, value in asked.items() if value != used[name]]
+    if other and o.fill is None:
+        say(f"generation_config.json suggests {', '.join(other)}: not followed; see --help", style="dim")
 
 def picker(o: Options, n_vocab: int, device, i: int = 0):
     """Make the `pick` of sample number i: the same seed gives the same text."""

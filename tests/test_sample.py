@@ -408,15 +408,15 @@ def test_an_interrupted_answer_stays_in_the_conversation(folder, monkeypatch, ca
 def test_a_message_that_cannot_be_encoded_ends_no_chat(folder, monkeypatch, capsys):
     """One unknown character of a character tokenizer, say; the answers go on as if it had not been typed."""
     tokenizer = load_tokenizer(folder)
-    real = tokenizer.encode
+    real = tokenizer.encode_array
 
-    def encode(text, special=()):
+    def encode(text, *more):
         model.check("é" not in text, "This tokenizer has no token for 'é'.")
-        return real(text, special)
+        return real(text, *more)
 
     monkeypatch.setattr(sampling, "load_tokenizer", lambda folder: tokenizer)
     plain, _ = chat(monkeypatch, capsys, folder, "hi\n")
-    monkeypatch.setattr(tokenizer, "encode", encode)
+    monkeypatch.setattr(tokenizer, "encode_array", encode)
     out, err = chat(monkeypatch, capsys, folder, "caf\xe9\nhi\n")
     assert out == plain and "no token for 'é'" in err
 
@@ -504,6 +504,16 @@ def test_a_token_beyond_the_embedding_is_refused_where_it_is_used(vocab, tmp_pat
         go(folder, prompt="import")
 
 
+def test_settings_that_are_not_followed_are_named(vocab, tmp_path, capsys):
+    folder = make(vocab, tmp_path / "a", tie=False, seq_len=64)
+    go(folder, prompt="a", max_new_tokens=2)
+    assert "suggests" not in capsys.readouterr().err
+    say_in(folder, "generation_config.json", temperature=0.6, top_p=0.9, repetition_penalty=1.1, top_k=None, num_beams=1)
+    go(folder, prompt="a", max_new_tokens=2)
+    told = capsys.readouterr().err
+    assert "suggests temperature 0.6, repetition_penalty 1.1" in told and "top_p" not in told
+
+
 TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}Be brief.<|im_end|>{% endif %}{% for message in messages %}"
     "[{{ message['role'] }}] {{ message['content'] }}<|im_end|>{% endfor %}"
@@ -529,7 +539,7 @@ def test_a_chat_speaks_by_the_template_of_its_folder(vocab, tmp_path, monkeypatc
 
 
 def test_a_chat_without_conversations_is_refused_at_once(folder, monkeypatch):
-    with_tokenizer(monkeypatch, folder, im_start_id=None)
+    with_tokenizer(monkeypatch, folder, chat_template=None)
     monkeypatch.setattr(sampling, "load_model", lambda *args: pytest.fail("it was loaded first"))
     with pytest.raises(UserError, match="not made for conversations"):
         go(folder, chat=True)
