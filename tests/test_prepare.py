@@ -296,7 +296,8 @@ def test_a_few_items_are_held_at_a_time():
     assert next(taken) <= 5 + 2 * (os.cpu_count() or 1)
 
 
-PEAK = """import resource, runpy, sys
+PEAK = """import os, resource, runpy, sys
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 sys.argv = sys.argv[1:]
 try: runpy.run_path(sys.argv[0], run_name="__main__")
 finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"""
@@ -308,7 +309,7 @@ def test_memory_stays_flat(tmp_path):
     texts = make_texts(400, 20, 400)
     prepare(tmp_path, write_lines(tmp_path / "small.jsonl", texts), output="small")
     peaks = {}
-    for n in 3, 12:
+    for n in 6, 20:
         with open(tmp_path / f"{n}.jsonl", "w") as file:
             for i in range(n * 400):
                 file.write(json.dumps({"text": f"{i} {texts[i % 400]}"}) + "\n")
@@ -317,13 +318,14 @@ def test_memory_stays_flat(tmp_path):
         assert done.returncode == 0, done.stderr.decode()
         peaks[(tmp_path / f"{n}.jsonl").stat().st_size] = 1024 * int(done.stderr.split()[-1])
     (small, before), (large, after) = peaks.items()
-    assert (after - before) / (large - small) < 0.6, peaks  # what is constant is not all there yet
+    under_way = 24e6  # two cores have some lists of 4 MB under way, which the small file does not fill
+    assert after - before < 0.3 * (large - small) + under_way, peaks
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
 def test_a_kill_at_any_moment_leaves_the_folder_as_it_was(tmp_path):
-    write_lines(tmp_path / "x.jsonl", make_texts(2000, 30))
+    write_lines(tmp_path / "x.jsonl", make_texts(500, 30))
     args = [sys.executable, ROOT / "tokenize.py", "prepare", "x.jsonl", "--vocab-size", "300", "--output", "d"]
     subprocess.run(args, check=True, cwd=tmp_path, capture_output=True)
     before = read_folder(tmp_path / "d")
@@ -334,7 +336,7 @@ def test_a_kill_at_any_moment_leaves_the_folder_as_it_was(tmp_path):
     after = read_folder(tmp_path / "e")
     old = 0
     rng = random.Random(0)
-    for number in [signal.SIGKILL, signal.SIGINT] * 2:
+    for number in [signal.SIGKILL, signal.SIGINT, signal.SIGKILL]:
         process = subprocess.Popen([*args, "--overwrite"], cwd=tmp_path, stderr=subprocess.DEVNULL,
                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
         with contextlib.suppress(subprocess.TimeoutExpired):
