@@ -198,11 +198,11 @@ def test_language_by_its_letters(tmp_path):
 
 
 def test_quality_is_likeness_to_a_text_of_the_users(tmp_path):
-    """A tenth of the texts are of other words than the reference: they are the tenth that goes."""
+    """A tenth of the texts, but most of the words, are of other words than the reference: it is what goes."""
     half = WORDS[::2]
     rng = random.Random(7)
     good = [" ".join(rng.choices(half, k=200)) for _ in range(45)]
-    bad = [" ".join(rng.choices(WORDS[1::2], k=rng.choice([50, 200, 900]))) for _ in range(5)]
+    bad = [" ".join(rng.choices(WORDS[1::2], k=rng.choice([50, 9000]))) for _ in range(5)]
     (tmp_path / "reference.txt").write_text(" ".join(rng.choices(half, k=5000)))
     write_lines(tmp_path / "x.jsonl", [*good[:20], *bad, *good[20:]])
     meta, _ = prepare(tmp_path, "x.jsonl", "--quality", "reference.txt")
@@ -255,8 +255,8 @@ def test_weights_of_a_mixture(tmp_path):
         epochs = source["train"]["bytes"] / before["sources"][name]["train"]["bytes"]
         assert abs(source["epochs"] - epochs) < 0.1 and f"{source['epochs']} epochs" in told
     books = [text for text in documents_of(tmp_path / "d", "train") if text.decode() in set(make_texts(20, 11))]
-    assert len(books) > 2.2 * len({*books}) and books != sorted(books)
-    assert any(a != b for a, b in itertools.pairwise(books))  # the copies lie apart
+    assert len(books) > 2.2 * len({*books})
+    assert np.mean([a == b for a, b in itertools.pairwise(books)]) < 0.3  # the copies lie apart
     for wrong in ["web=1"], ["wob=1", *weights[1::2]], ["web=0", "books=1", "code=1"], ["web", "books=1", "code=1"]:
         options = [word for weight in wrong for word in ("--weight", weight)]
         assert "--weight" in prepare(tmp_path, *inputs, *options, code=2)[1]
