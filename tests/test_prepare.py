@@ -202,7 +202,7 @@ def test_quality_is_likeness_to_a_text_of_the_users(tmp_path):
     half = WORDS[::2]
     rng = random.Random(7)
     good = [" ".join(rng.choices(half, k=200)) for _ in range(45)]
-    bad = [" ".join(rng.choices(WORDS[1::2], k=rng.choice([50, 9000]))) for _ in range(5)]
+    bad = ["\n".join(rng.choices(WORDS[1::2], k=k)) for k in (50, 50, 9000, 9000, 9000)]
     (tmp_path / "reference.txt").write_text(" ".join(rng.choices(half, k=5000)))
     write_lines(tmp_path / "x.jsonl", [*good[:20], *bad, *good[20:]])
     meta, _ = prepare(tmp_path, "x.jsonl", "--quality", "reference.txt")
