@@ -1803,16 +1803,20 @@ class Documents:
         return True
 
     def sizes(self) -> np.ndarray:
+        """Give the bytes of each text."""
         return np.diff(np.array(self.ends)).astype(int)
 
     def signed(self) -> np.ndarray:
+        """Give the signatures as rows (documents, HASHES)."""
         return np.frombuffer(self.signatures, np.uint16).reshape(-1, HASHES)
+
+    def text(self, i: int) -> str:
+        self.file.seek(self.ends[i])
+        return self.file.read(self.ends[i + 1] - self.ends[i]).decode()
 
     def read(self, rows, what: str):
         """Yield the texts of these documents, with a bar."""
-        for i in track(rows, what, len(rows)):
-            self.file.seek(self.ends[i])
-            yield self.file.read(self.ends[i + 1] - self.ends[i]).decode()
+        yield from map(self.text, track(rows, what, len(rows)))
 
     def values(self):
         """Yield (source, text) of all documents."""
@@ -1849,14 +1853,21 @@ def read_documents(files: list, field: str, filters: dict | None = None, folder=
     check(len(documents), f"no document is left to learn from ({told or 'there was no text'})")
     return documents, dropped, hashes
 
-def leave_out(documents: Documents, rows: np.ndarray, bad: np.ndarray, dropped: dict, reason: str):
-    """Count the documents that are bad beside the others; return those others."""
-    dropped[reason] = {"documents": len(bad), "bytes": int(documents.sizes()[bad].sum())}
-    for text in documents.read(bad[:1], reason):
-        dropped[reason]["example"] = excerpt(text)
-    return np.setdiff1d(rows, bad)
+def select_documents(documents: Documents, threshold: float, reference: str | None, dropped: dict):
+    """Leave out near-duplicates, and the texts least like a reference; return the rows of the others."""
+    rows = np.arange(len(documents))
+    steps = [("near-duplicate", find_near_duplicates, threshold), ("quality", find_worst, reference)]
+    for reason, find, given in steps:
+        if given:
+            bad = find(documents, rows, given)
+            rows = np.setdiff1d(rows, bad)
+            dropped[reason] = {"documents": len(bad), "bytes": int(documents.sizes()[bad].sum())}
+            if len(bad):
+                dropped[reason]["example"] = excerpt(documents.text(bad[0]))
+    return rows
 
 def excerpt(text: str) -> str:
+    """Give a line of the text's beginning."""
     return " ".join(text[:300].split())[:100]
 
 def group(items, size: int, size_of=len):
@@ -1875,7 +1886,7 @@ def split_documents(documents: Documents, rows: np.ndarray, val_fraction: float)
     """Put whole documents into train or val, in an order that only their content and the seed decide."""
     if len(rows) == 1:  # cut it at the character where nanoGPT cuts tiny Shakespeare
         say("a single document: its tail becomes the validation split")
-        (text,) = documents.read(rows, "splitting")
+        text = documents.text(rows[0])
         end = int(len(text) * (1 - val_fraction))
         for part in (text[:end], text[end:]):
             source = documents.sources[documents.source[rows[0]]]
@@ -2034,8 +2045,10 @@ def find_pairs(signatures: np.ndarray, rows: np.ndarray, threshold: float):
 
 def find_near_duplicates(documents: Documents, rows: np.ndarray, threshold: float) -> np.ndarray:
     """Find the documents that are near an earlier one."""
-    later = [later for _, later in find_pairs(documents.signed(), rows, threshold)]
-    return np.unique(np.concatenate(later))
+    near = np.zeros(len(documents), bool)
+    for _, later in find_pairs(documents.signed(), rows, threshold):
+        near[later] = True
+    return np.flatnonzero(near)
 
 def count_contaminated(documents: Documents, train: np.ndarray, val: np.ndarray) -> int:
     """Count the validation documents that share half of their shingles, or more, with a training document."""
@@ -2051,7 +2064,7 @@ def find_worst(documents: Documents, rows: np.ndarray, reference: str, share=0.1
     """Find the share of documents that is least like a reference text.
 
     A linear classifier, naive Bayes: the weight of a word or pair of words says how much likelier it is in
-    the reference than in the corpus (as in DSIR, 2302.03169). The mean is a document's score.
+    the reference than in the corpus (as in DSIR, Xie et al. 2023, 2302.03169). A text's score is the mean.
     """
     def hash_pairs(text: str) -> np.ndarray:
         words = hash_words(text).astype(np.int64)
@@ -2390,8 +2403,8 @@ def prepare(
     train = mix_sources(documents, train, shares, sources) if shares else train
     # 3. the tokenizer: merges from train alone; characters from all, or val might have one without an id
     if not tok:
-        learn_from = rows if algorithm == "char" else train
-        tok, _ = train_tokenizer(documents.read(learn_from, "learning"), **options)
+        texts = documents.read(rows if algorithm == "char" else train, "learning")
+        tok, _ = train_tokenizer(texts, **options)
     # 4. the ids, and the account of it all
     dtype = "uint16" if tok.n_vocab <= 2**16 else "uint32"
     meta = {"dtype": dtype, "vocab_size": tok.n_vocab, "eot_id": tok.eot_id, "splits": {}, "sources": sources}
@@ -2409,17 +2422,6 @@ def prepare(
     show_meta(output, meta)
     if as_json:
         print(json.dumps({"output": str(output), **meta}))
-
-def select_documents(documents: Documents, threshold: float, reference: str | None, dropped: dict):
-    """Leave out what only a look at all documents can tell: near-duplicates, the worst -> the others."""
-    rows = np.arange(len(documents))
-    if threshold:
-        near = find_near_duplicates(documents, rows, threshold)
-        rows = leave_out(documents, rows, near, dropped, "near-duplicate")
-    if reference:
-        worst = find_worst(documents, rows, reference)
-        rows = leave_out(documents, rows, worst, dropped, "quality")
-    return rows
 
 def check_numbers(val_fraction: float, seed: int, near_duplicates: float):
     """Refuse what is out of range."""

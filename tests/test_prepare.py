@@ -1,5 +1,6 @@
 """Hold `tokenize.py prepare` to what it says: filters, duplicates, sources, weights, memory, kills, bad input."""
 
+import contextlib
 import gzip
 import itertools
 import json
@@ -196,12 +197,13 @@ def test_language_by_its_letters(tmp_path):
     assert meta["filters"]["language"]["documents"] == 3 and all("Fluss" in text for text in texts_of(tmp_path))
 
 
-def test_quality_is_likeness_to_a_text_of_the_users(tmp_path):
-    """A tenth of the texts are of other words than the reference: they are the tenth that goes."""
+@pytest.mark.parametrize("size", [50, 9000])
+def test_quality_is_likeness_to_a_text_of_the_users(tmp_path, size):
+    """A tenth of the texts are of other words than the reference, rare ones or common ones: they are what goes."""
     half = WORDS[::2]
     rng = random.Random(7)
     good = [" ".join(rng.choices(half, k=200)) for _ in range(45)]
-    bad = [" ".join(rng.choices(WORDS[1::2], k=rng.choice([50, 200, 900]))) for _ in range(5)]
+    bad = ["\n".join(rng.choices(WORDS[1::2], k=size)) for _ in range(5)]
     (tmp_path / "reference.txt").write_text(" ".join(rng.choices(half, k=5000)))
     write_lines(tmp_path / "x.jsonl", [*good[:20], *bad, *good[20:]])
     meta, _ = prepare(tmp_path, "x.jsonl", "--quality", "reference.txt")
@@ -254,8 +256,8 @@ def test_weights_of_a_mixture(tmp_path):
         epochs = source["train"]["bytes"] / before["sources"][name]["train"]["bytes"]
         assert abs(source["epochs"] - epochs) < 0.1 and f"{source['epochs']} epochs" in told
     books = [text for text in documents_of(tmp_path / "d", "train") if text.decode() in set(make_texts(20, 11))]
-    assert len(books) > 2.2 * len({*books}) and books != sorted(books)
-    assert any(a != b for a, b in itertools.pairwise(books))  # the copies lie apart
+    assert len(books) > 2.2 * len({*books})
+    assert np.mean([a == b for a, b in itertools.pairwise(books)]) < 0.3  # the copies lie apart
     for wrong in ["web=1"], ["wob=1", *weights[1::2]], ["web=0", "books=1", "code=1"], ["web", "books=1", "code=1"]:
         options = [word for weight in wrong for word in ("--weight", weight)]
         assert "--weight" in prepare(tmp_path, *inputs, *options, code=2)[1]
@@ -295,7 +297,8 @@ def test_a_few_items_are_held_at_a_time():
     assert next(taken) <= 5 + 2 * (os.cpu_count() or 1)
 
 
-PEAK = """import resource, runpy, sys
+PEAK = """import os, resource, runpy, sys
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 sys.argv = sys.argv[1:]
 try: runpy.run_path(sys.argv[0], run_name="__main__")
 finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"""
@@ -307,7 +310,7 @@ def test_memory_stays_flat(tmp_path):
     texts = make_texts(400, 20, 400)
     prepare(tmp_path, write_lines(tmp_path / "small.jsonl", texts), output="small")
     peaks = {}
-    for n in 4, 16:
+    for n in 6, 20:
         with open(tmp_path / f"{n}.jsonl", "w") as file:
             for i in range(n * 400):
                 file.write(json.dumps({"text": f"{i} {texts[i % 400]}"}) + "\n")
@@ -316,26 +319,35 @@ def test_memory_stays_flat(tmp_path):
         assert done.returncode == 0, done.stderr.decode()
         peaks[(tmp_path / f"{n}.jsonl").stat().st_size] = 1024 * int(done.stderr.split()[-1])
     (small, before), (large, after) = peaks.items()
-    assert (after - before) / (large - small) < 0.5, peaks  # what is constant is not all there yet
+    under_way = 24e6  # two cores have some lists of 4 MB under way, which the small file does not fill
+    assert after - before < 0.3 * (large - small) + under_way, peaks
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
 def test_a_kill_at_any_moment_leaves_the_folder_as_it_was(tmp_path):
-    write_lines(tmp_path / "x.jsonl", make_texts(3000, 30))
+    write_lines(tmp_path / "x.jsonl", make_texts(500, 30))
     args = [sys.executable, ROOT / "tokenize.py", "prepare", "x.jsonl", "--vocab-size", "300", "--output", "d"]
     subprocess.run(args, check=True, cwd=tmp_path, capture_output=True)
     before = read_folder(tmp_path / "d")
+    args += ["--seed", "1"]
     started = time.monotonic()
-    subprocess.run([*args, "--overwrite"], check=True, cwd=tmp_path, capture_output=True)
+    subprocess.run([*args[:-3], "e", *args[-2:]], check=True, cwd=tmp_path, capture_output=True)
     whole = time.monotonic() - started
+    after = read_folder(tmp_path / "e")
+    old = 0
     rng = random.Random(0)
-    for number in [signal.SIGKILL, signal.SIGINT] * 3:
-        process = subprocess.Popen([*args, "--seed", "1", "--overwrite"], cwd=tmp_path, stderr=subprocess.DEVNULL,
+    for number in [signal.SIGKILL, signal.SIGINT, signal.SIGKILL]:
+        process = subprocess.Popen([*args, "--overwrite"], cwd=tmp_path, stderr=subprocess.DEVNULL,
                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(rng.uniform(0.3, 0.8) * whole)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0.2, 0.8) * whole)
         process.send_signal(number)
         process.wait()
-        assert read_folder(tmp_path / "d") == before
-        assert {path.name for path in tmp_path.iterdir()} == {"x.jsonl", "d"}
+        found = read_folder(tmp_path / "d")
+        assert found in (before, after)  # and nothing else: no half of a file, none of another name
+        old += found == before
+        assert {path.name for path in tmp_path.iterdir()} == {"x.jsonl", "d", "e"}
+        for name, data in before.items():
+            (tmp_path / "d" / name).write_bytes(data)
+    assert old >= 1
