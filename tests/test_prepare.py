@@ -197,7 +197,7 @@ def test_language_by_its_letters(tmp_path):
     assert meta["filters"]["language"]["documents"] == 3 and all("Fluss" in text for text in texts_of(tmp_path))
 
 
-@pytest.mark.parametrize("size", [50, 9000])
+@pytest.mark.parametrize("size", [400, 9000])
 def test_quality_is_likeness_to_a_text_of_the_users(tmp_path, size):
     """A tenth of the texts are of other words than the reference, rare ones or common ones: they are what goes."""
     half = WORDS[::2]
