@@ -1753,7 +1753,7 @@ def read_contents(files: list, field: str, hashes: list):
                 raw.seek(0)
                 yield source, name, False, raw.read(), "without the field", raw.tell() - done
 
-def judge(filters: dict, batch: list) -> list:
+def judge(filters: dict, signed: bool, batch: list) -> list:
     """Decide about documents -> (source, name, named, text, why it goes or None, size, key, signature)."""
     judged = []
     for source, name, named, data, reason, _ in batch:
@@ -1764,7 +1764,7 @@ def judge(filters: dict, batch: list) -> list:
                 break
         bare = "\n".join(map(str.rstrip, text.strip().splitlines()))  # line ends make no difference
         key = b"" if reason else hashlib.sha256(bare.encode()).digest()
-        signature = b"" if reason else sign(text)
+        signature = sign(text) if signed and not reason else b""
         text = text[:200] if reason else text
         judged.append((source, name, named, text, reason, len(data), key, signature))
     return judged
@@ -1823,11 +1823,11 @@ class Documents:
         for i, text in enumerate(self.read(range(len(self)), "reading again")):
             yield self.sources[self.source[i]], text
 
-def read_documents(files: list, field: str, filters: dict | None = None, folder=None, seed=0) -> tuple:
+def read_documents(files: list, field: str, filters=None, folder=None, seed=0, signed=True) -> tuple:
     """Read files: return Documents, {reason: what was dropped}, [source, name, hash] of each.
 
     A text file that the user named only has to be text, and what was asked for; all others, and the records
-    of every JSON file, pass all filters. Of equal texts one is kept.
+    of every JSON file, pass all filters. Of equal texts one is kept. signed: MinHash is needed later.
     """
     used = field == "text" or any(unpacked(path).suffix.lower() in JSON_FILES for _, _, path, _ in files)
     check(used, f"--field {field} is for JSON files, and there are none")
@@ -1840,7 +1840,7 @@ def read_documents(files: list, field: str, filters: dict | None = None, folder=
     n_bytes = sum(path.stat().st_size for _, _, path, _ in files if path.is_file())
     contents = track(read_contents(files, field, hashes), "reading", n_bytes, lambda content: content[-1])
     batches = group(contents, 4_000_000, lambda content: len(content[3]))
-    for judged in compute(partial(judge, filters), batches, "filtering", processes=True):
+    for judged in compute(partial(judge, filters, signed), batches, "filtering", processes=True):
         for source, name, named, text, reason, size, key, signature in judged:
             bad = named and reason in MUST_PASS
             check(not bad, f"{name} is {reason}, and has to be UTF-8 text")
@@ -2257,7 +2257,7 @@ def train(
     check_output(output, ours, overwrite or not output.exists(), files)
     beside = output.with_name("tokenizer_config.json")
     check(not chat or overwrite or not beside.exists(), f"{beside} exists: pass --overwrite to replace it")
-    documents, _, _ = read_documents(files, field)
+    documents, _, _ = read_documents(files, field, signed=False)
     texts = documents.read(range(len(documents)), "learning")
     tokenizer, n_tokens = train_tokenizer(texts, **options)
     tokenizer.save(output)
