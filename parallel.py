@@ -756,16 +756,23 @@ def gradients_of_step(forward, micro_batches: list, targets, windows: int, layou
     sync_partial_gradients(forward.parameters())
     return loss, aux
 
+def after_restart(o: Options) -> Options:
+    """Go on with the run in --out where torchrun has started all ranks again, because one had died."""
+    if o.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+        return o
+    try:
+        held = resumed(Options, o.out)
+    except UserError:  # it died before the first save
+        return o
+    derived = dict.fromkeys(("resume", "micro_batch", "compile", "dtype"))  # what a run fills in
+    asked = [json.dumps(dataclasses.asdict(options) | derived) for options in (held, o)]
+    return held if asked[0] == asked[1] else o  # another run, which --overwrite is to replace
+
 def train(o: Options) -> dict:
     """Train on many processes (started by torchrun), as train.py does on one: same data, loss and folders."""
     # 1. Where, with what, and which model on which grid
     ranks = join_processes(o.device, o.timeout)
-    if not o.resume and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # a rank has died
-        with contextlib.suppress(UserError):  # before the first save
-            held = resumed(Options, o.out)
-            derived = dict.fromkeys(("resume", "micro_batch", "compile", "dtype"))  # what a run fills in
-            asked = [json.dumps(dataclasses.asdict(options) | derived) for options in (held, o)]
-            o = held if asked[0] == asked[1] else o  # another run, which --overwrite is to replace
+    o = after_restart(o)
     saved = open_run(o)
     default_data(o.data, ranks)
     sources, val, weights = open_data(o.data)

@@ -2385,8 +2385,7 @@ def prepare(
     from model import finish_save, save_files  # here, as it loads torch, and the other commands start fast
     check_numbers(val_fraction, seed, near_duplicates)
     options = choose_tokenizer(tokenizer, algorithm, vocab_size, pattern, normalizer, coverage, special, chat)
-    tok = Tokenizer.load(tokenizer) if tokenizer else None
-    check(not tok or tok.eot_id is not None, f"{tokenizer} names no token to end a document with")
+    tok = load_for_data(tokenizer) if tokenizer else None
     chosen = choose_filters(filter, language, toxic)
     reference = read_text(quality) if quality else None
     files = find_files(inputs) if inputs else find_python()
@@ -2410,18 +2409,27 @@ def prepare(
     meta = {"dtype": dtype, "vocab_size": tok.n_vocab, "eot_id": tok.eot_id, "splits": {}, "sources": sources}
     save_train = encode_documents(tok, documents, train, "train", meta, disk)
     save_val = encode_documents(tok, documents, val, "val", meta, disk)
-    digest = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     meta |= {"near_duplicates": count_contaminated(documents, train, val), "filters": dropped}
-    meta |= {"command": command, "files_sha256": digest}
-    account = json.dumps(meta | {"files": hashes if len(hashes) <= 10_000 else []}, indent=1)
+    meta["command"] = command
     # 5. the folder
-    contents = (save_train, save_val, tok.save, f"{account}\n")
+    contents = (save_train, save_val, tok.save, describe_data(meta, hashes))
     contents = dict(zip(DATA_FILES, contents, strict=True))
     contents |= {"tokenizer_config.json": describe_chat(chat)} if chat else {}
     save_files(output, contents, {"tokenizer_config.json"} - contents.keys())
     show_meta(output, meta)
     if as_json:
         print(json.dumps({"output": str(output), **meta}))
+
+def load_for_data(path: Path) -> Tokenizer:
+    """Load the tokenizer that --tokenizer names; it has to know how a document ends."""
+    tokenizer = Tokenizer.load(path)
+    check(tokenizer.eot_id is not None, f"{path} names no token to end a document with")
+    return tokenizer
+
+def describe_data(meta: dict, hashes: list) -> str:
+    """Write meta.json: what is known of the data, and of each file its hash."""
+    meta["files_sha256"] = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    return json.dumps(meta | {"files": hashes if len(hashes) <= 10_000 else []}, indent=1) + "\n"
 
 def check_numbers(val_fraction: float, seed: int, near_duplicates: float):
     """Refuse what is out of range."""

@@ -191,6 +191,7 @@ def test_decode(tmp_path, capsys):
     assert "bf16" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_claims(capsys):
     results = bench.claims(quick=True, device="cpu", as_json=True)
     assert printed(capsys) == results and list(results) == list(CLAIMS)

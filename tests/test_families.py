@@ -6,11 +6,12 @@ import json
 import math
 import random
 import time
+import unicodedata
 from collections import Counter
 
 import numpy as np
 import pytest
-from test_tokenize import TEXTS, both, random_strings, run, small_spec, tk, train
+from test_tokenize import STDLIB, TEXTS, both, random_strings, run, small_spec, tk, train
 
 LANGUAGES = [
     "The quick brown fox isn't here: I'll say 3,14 \u201cyes\u201d.", "Größere Äpfel, naïve cafés.", "Привет, мир!",
@@ -64,7 +65,12 @@ def test_ids_are_theirs_and_text_comes_back(learned):
 @pytest.mark.slow
 def test_ids_are_theirs_on_many_strings(learned):
     name, ours, theirs = learned
-    hold(name, ours, theirs, random_strings(12_500, seed=1))
+    texts = random_strings(12_500, seed=1)
+    if name in ("wordpiece", "uncased", "unigram nfkc"):  # these ask Unicode's tables, and libraries have other versions
+        old = unicodedata.ucd_3_2_0.category
+        texts = [text for text in texts if "Cn" not in map(old, text)]
+    assert len(texts) > 1000
+    hold(name, ours, theirs, texts)
 
 
 def test_special_tokens_come_when_they_are_named(learned):
@@ -143,12 +149,13 @@ def test_the_ways_to_cut_are_the_best_ones_and_drawn_as_likely_as_they_are():
 def test_as_few_tokens_as_sentencepiece(tmp_path, kind):
     """Trained on the same lines at the same size: tokens of held-out lines within 1 %."""
     sentencepiece = pytest.importorskip("sentencepiece")
-    lines = [" ".join(line.split()) for text in TEXTS for line in text.splitlines() if line.strip()]
+    texts = [path.read_text(encoding="utf-8") for path in sorted(STDLIB.glob("*.py"))[:80]]
+    lines = [" ".join(line.split()) for text in texts for line in text.splitlines() if line.strip()]
     lines = [line.replace(tk.SPACE, "") for line in lines]
     random.Random(0).shuffle(lines)
-    held, lines = lines[:1500], lines[1500:]
+    held, lines = lines[:5000], lines[5000:]
     (tmp_path / "lines.txt").write_text("\n".join(lines))
-    ours, _ = tk.train_tokenizer(lines, kind, vocab_size=2000)
+    ours, _ = tk.train_tokenizer(lines, kind, vocab_size=4000)
     n = ours.n_vocab - len(ours.special) + 2  # theirs has <s>, </s>
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "lines.txt"), model_prefix=str(tmp_path / "sp"), vocab_size=n, minloglevel=2,

@@ -133,7 +133,8 @@ def home(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("golden"))
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name == "parallel")) for name in RUNS])
 def test_a_run_gives_the_numbers_that_it_gave(name, home):
     found, golden = numbers(RUNS[name](home)), json.loads(GOLDEN.read_text())[name]
     first, later = TOLERANCE[name]

@@ -567,7 +567,7 @@ def test_a_run_logs_its_routing(trained):
     assert len(model.generate(model.load_model(trained), [[1]], 5)[0]) == 5
 
 
-@pytest.mark.parametrize("balance", ["loss", "bias"])
+@pytest.mark.parametrize("balance", ["loss", pytest.param("bias", marks=pytest.mark.slow)])
 def test_resume_is_exact_to_the_bit(balance, modules, tmp_path):
     sets = ["n_expert=4", f"balance={balance}", f"router={'sigmoid' if balance == 'bias' else 'softmax'}"]
     steady = {"save_interval": 3, "schedule": "constant"}

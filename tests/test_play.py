@@ -450,6 +450,7 @@ def test_two_ranks_learn_what_one_does(base, lines, tmp_path):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_ranks_play(base, lines, judge, tmp_path):
     """Each draws its share of the answers, and has them scored."""
     more = ("--samples", "4", "--max-steps", "2", "--reward", judge)

@@ -398,6 +398,7 @@ def kill_and_resume(data, folder, kills, seed, **changes):
             return killed, weights(folder)
 
 
+@pytest.mark.slow
 def test_a_killed_command_resumes_to_the_same_bits(data, tmp_path):
     sizes = {"max_steps": 100, "save_interval": 2, "eval_interval": 300}
     train.train(options(data, tmp_path / "whole", **sizes))
