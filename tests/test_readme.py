@@ -95,7 +95,8 @@ def tiny(words: list[str], home) -> list[str]:
     writes = name == "sample.py" and "--fill" not in words
     options = dict(TINY.get(known, TINY["sample.py"] if writes else {}))
     if known == "tokenize.py prepare":
-        options = {"--vocab-size": "400", "--val-fraction": "0.3"}
+        options = {"--val-fraction": "0.3"}
+        options |= {"--vocab-size": "400"} if "char" not in words else {}
         if len(words) == 3:  # not the whole Python that is installed here
             words += ["lib", "--output", "data/python"]
         words += ["--overwrite"] * (home / value_of(words, "--output")).exists()
@@ -128,6 +129,8 @@ def home(tmp_path_factory, text, modules):
     shutil.copytree(modules.parent / "lib", home / "lib")
     for name in ("input.txt", "shakespeare.txt"):
         (home / name).write_text(text)
+    (home / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "parallel_sentences.json", home / "tests")
     (home / "data").mkdir()
     shutil.copytree(modules, home / "data" / "python")
     shown = "def f(a):"
