@@ -786,8 +786,9 @@ def describe_tokenizer(model: dict, special: tuple = SPECIAL, **parts) -> dict:
     spec["model"] = model
     known = vocabulary(model)
     for name in special:
-        i = known.setdefault(name, len(known))
-        spec["added_tokens"].append({"id": i, "content": name, **json.loads(FLAGS)})
+        check(name not in known, f"the special token {name!r} is an ordinary token here: choose another")
+        known[name] = len(known)
+        spec["added_tokens"].append({"id": known[name], "content": name, **json.loads(FLAGS)})
     return spec
 
 def bpe_file(merges: list, pattern: str, special: tuple = SPECIAL) -> dict:
@@ -1273,11 +1274,11 @@ class Tokenizer:
         self.added = {token["content"]: token for token in added}
         self.n_vocab = max(tokens) + 1
         self.token_bytes = [tokens.get(i, b"") for i in range(self.n_vocab)]  # a file may leave an id out
-        named = map(self.ids.get, SPECIAL[:5])  # None where the file has no such token
+        named = [self.ids.get(name) for name in SPECIAL[:5]]  # None where the file has no such token
         self.eot_id, self.pad_id, self.mask_id, self.im_start_id, self.im_end_id = named
         self.names = {}
         self.compiled = None, None
-        self.chat_template = CHAT_FORMATS["chatml"][0] if self.im_end_id and self.im_start_id else None
+        self.chat_template = CHAT_FORMATS["chatml"][0] if None not in named[3:] else None
 
     @classmethod
     def load(cls, path) -> Tokenizer:
@@ -1556,6 +1557,7 @@ def merging(n_merges: int):
 def learn_bpe(texts, special, vocab_size, pattern, **options):
     """Learn byte-level BPE."""
     n_merges = vocab_size - 256 - len(special)
+    check(n_merges > 0, f"{vocab_size} ids are too few for 256 bytes and {len(special)} special tokens")
     words = count_parts(texts, partial(count_words, pattern=pattern), "counting words")
     merges, n_tokens = train_bpe(in_bytes(words), n_merges, watch=merging(n_merges))
     return bpe_file(merges, pattern, special), n_tokens

@@ -360,7 +360,8 @@ def test_train_takes_every_algorithm(tmp_path):
     ("--algorithm wordpiece --vocab-size 60", "too few"), ("--algorithm byte --vocab-size 300", "--vocab-size"),
     ("--algorithm bpe --normalizer nfkc", "--normalizer"), ("--algorithm wordpiece --normalizer nfkc", "nfkc"),
     ("--algorithm unigram --coverage 0", "--coverage"), ("--algorithm unigram --coverage nan", "--coverage"),
-    ("--coverage 0.9", "--coverage"),
+    ("--coverage 0.9", "--coverage"), ("--special a", "'a'"), ("--special ab --algorithm byte --special a", "'a'"),
+    ("--chat llama3 --vocab-size 268", "too few"),
 ])  # fmt: skip
 def test_options_that_cannot_be(tmp_path, line, said):
     (tmp_path / "a.txt").write_text(TEXTS[0])
