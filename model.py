@@ -1011,10 +1011,10 @@ def checkpoint_files(config: Config, tokenizer: str | Path) -> dict[str, str]:
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.seq_len,
              "clean_up_tokenization_spaces": False}
     about |= {name: token for name, token in names.items() if token in special}
-    settings = read_json(base / "tokenizer_config.json") if (base / "tokenizer_config.json").is_file() else {}
-    chatml = load_tokenize().CHAT_FORMATS["chatml"][0] if "<|im_start|>" in special else None
-    template = settings.get("chat_template", chatml)
-    about |= {"chat_template": template} if template else {}
+    if "<|im_start|>" in special:
+        about["chat_template"] = load_tokenize().CHAT_FORMATS["chatml"][0]
+    settings = base / "tokenizer_config.json"
+    about |= read_json(settings) if settings.is_file() else {}
     generation = {"eos_token_id": config.eos_id, "pad_token_id": config.pad_id, "do_sample": True,
                   "temperature": 0.7, "top_p": 0.9}
     files["generation_config.json"] = json.dumps(generation, indent=2) + "\n"

@@ -105,7 +105,7 @@ PATTERNS = {
 }
 PATTERNS["cl100k"] = PATTERNS["gpt4"].replace(r"|\s*[\r\n]+", r"|\s+(?![\s\S])|\s*[\r\n]+")
 PATTERNS["qwen"] = PATTERNS["gpt4"].replace("{1,3}", "")
-# Files of ranks say neither; by their names: the pattern, and special tokens.
+# A .tiktoken file holds neither its pattern nor its special tokens: both are looked up by its name.
 RANK_FILES = {
     "gpt2": ("gpt2", {"<|endoftext|>": 50256}),
     "r50k_base": ("gpt2", {"<|endoftext|>": 50256}),
@@ -120,14 +120,15 @@ SKELETON = """{"version": "1.0", "truncation": null, "padding": null, "added_tok
 "pre_tokenizer": null, "post_processor": null, "decoder": {"type": "Fuse"}, "model": {}}"""
 FLAGS = '{"single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}'
 BYTE_LEVEL = '{"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}'
+NEVER = "(?!)"  # a pattern that nothing matches
 GAP = -1  # stands between two words, where no pair is counted
 START, AFTER_TOKEN, INSIDE = range(3)  # where a text begins: some tokenizers write a space before it
 SPACE = "\u2581"  # the sign that SentencePiece writes for a space
-LONGEST = 16  # characters of a piece of Unigram
-LONGEST_WORD = 48  # characters: longer words are cut, for learning only
-SEEDS = 20  # Unigram begins with so many times the pieces that are asked for
-SCALE = 20.0  # a character's usual price, taken out of Unigram's products
-STEP = 2.0**-20  # of its log probabilities
+MAX_PIECE_CHARS = 16  # characters of a piece of Unigram
+MAX_WORD_CHARS = 48  # characters: longer words are cut, for learning only
+SEED_FACTOR = 20  # Unigram begins with so many times the pieces that are asked for
+CHAR_SCALE = 20.0  # a character's usual price, taken out of Unigram's products
+LOGP_STEP = 2.0**-20  # of its log probabilities
 RARE_PIECE = -1000.0  # the log p of tokens that no text is to be cut into
 CHINESE = r"[\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f" \
     r"\U0002b920-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f]"
@@ -137,13 +138,15 @@ PACKAGES = "torch numpy tiktoken regex typer rich pytest safetensors"
 SKIPPED = r"(^|/)(\.|(test|tests|testing|idlelib|site-packages|dist-packages|__pycache__)/"
 SKIPPED += r"|test_[^/]*$|[^/]*_test\.py$|conftest\.py$)"
 # Options of `train`: the algorithms that they are for, and the values of some.
-WORDS = ("wordpiece", "spm-bpe", "unigram")
-USED = {
-    "vocab_size": (("bpe", *WORDS), None),
+LEARNED_ON_WORDS = ("wordpiece", "spm-bpe", "unigram")
+OPTION_ALGORITHMS = {
+    "vocab_size": (("bpe", *LEARNED_ON_WORDS), None),
     "pattern": (("bpe",), None),
-    "normalizer": (WORDS, {"wordpiece": ("cased", "uncased"), "spm-bpe": ("nfkc",), "unigram": ("nfkc",)}),
-    "coverage": (WORDS, None),
+    "normalizer": (LEARNED_ON_WORDS,
+                   {"wordpiece": ("cased", "uncased"), "spm-bpe": ("nfkc",), "unigram": ("nfkc",)}),
+    "coverage": (LEARNED_ON_WORDS, None),
 }
+SETTINGS = "tokenizer_config.json"  # what a tokenizer.json does not hold, where there is such
 DATA_FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
 LETTERS = bytes([*range(65, 91), *range(97, 123), *range(128, 256)])  # ASCII letters, all that is not ASCII
 # Files of these names are JSON, one text a line or an array; the others are one text each.
@@ -290,13 +293,12 @@ class Row:
         self.tail = head.copy()
         self.width = [1] * n_units  # id -> number of cells
 
-    def join(self, a: int, b: int) -> tuple[set, int]:
-        """Make the next id of this pair -> the pairs whose counts changed, how often it was joined."""
+    def join(self, a: int, b: int) -> tuple[list, int]:
+        """Make the next id of this pair -> the pairs that it stands in now, how often it was joined."""
         head, tail, weight, width, counts = self.head, self.tail, self.weight, self.width, self.counts
         new = len(width)
         width.append(width[a] + width[b])
-        made = defaultdict(list)
-        fewer = set()
+        new_places = defaultdict(list)
         joined = 0
         for first in self.where.pop((a, b)):
             second = first + width[a]
@@ -312,18 +314,17 @@ class Row:
             if left != GAP:
                 counts[left, a] -= n
                 counts[left, new] += n
-                made[left, new].append(first - width[left])
-                fewer.add((left, a))
+                new_places[left, new].append(first - width[left])
             if right != GAP:
                 counts[b, right] -= n
                 counts[new, right] += n
-                made[new, right].append(first)
-                fewer.add((b, right))
+                new_places[new, right].append(first)
         counts[a, b] -= joined
-        self.where.update(made)
-        return fewer | made.keys(), joined
+        self.where.update(new_places)
+        return list(new_places), joined
 
     def n_tokens(self) -> int:
+        """Count the tokens of all words."""
         return sum(n for i, n in zip(self.head, self.weight, strict=True) if i != GAP)
 
 def train_bpe(words: dict, n_merges: int, n_units: int = 256, watch=iter) -> tuple[list, int]:
@@ -339,7 +340,7 @@ def train_bpe(words: dict, n_merges: int, n_units: int = 256, watch=iter) -> tup
     queue = [(-n, pair) for pair, n in counts.items()]  # a heap: most frequent first, then the smallest ids
     heapq.heapify(queue)
     merges = []
-    for new in watch(range(n_units, n_units + n_merges)):
+    for _ in watch(range(n_merges)):
         while queue and counts[queue[0][1]] < -queue[0][0]:  # the count fell since this entry was made
             pair = queue[0][1]
             heapq.heapreplace(queue, (-counts[pair], pair))
@@ -348,60 +349,55 @@ def train_bpe(words: dict, n_merges: int, n_units: int = 256, watch=iter) -> tup
         a, b = heapq.heappop(queue)[1]
         merges.append((a, b))
         for pair in row.join(a, b)[0]:
-            if new in pair:
-                heapq.heappush(queue, (-counts[pair], pair))
+            heapq.heappush(queue, (-counts[pair], pair))
     return merges, row.n_tokens()
 
-def train_wordpiece(words: dict, n_merges: int, n_units: int, watch=iter) -> tuple[list, int]:
-    """Learn the merges of `train_plain(..., wordpiece=True)`, fast: one array of scores, mended where counts
-    changed; a heap would not do, as a pair's score rises when its parts become rarer."""
+def train_wordpiece(words: dict, n_merges: int, n_units: int, watch=iter) -> list:
+    """Learn the merges of `train_plain(..., wordpiece=True)`, fast: one array of scores, mended where a merge
+    changed them; a heap would not do, as a pair's score rises when its parts become rarer."""
     row = Row(words, n_units)
     tokens = Counter()
     for ids, n in words.items():
         for i in ids:
             tokens[i] += n
-    pairs = list(row.counts)
-    place = {pair: k for k, pair in enumerate(pairs)}
-    around = defaultdict(set)  # id -> the places of its pairs
-    score = np.zeros(max(1024, 2 * len(pairs)))
+    pairs = []
+    around = defaultdict(set)  # id -> the places of its pairs in `pairs` and `score`
+    score = np.zeros(1024)
     least = first_bound(words, n_units + n_merges)
-
-    def mend(k: int) -> None:
-        a, b = pairs[k]
-        n = row.counts[a, b]
-        score[k] = n / (tokens[a] * tokens[b]) if n >= least else 0
-
-    for k, pair in enumerate(pairs):
-        mend(k)
-        around[pair[0]].add(k)
-        around[pair[1]].add(k)
     merges = []
+
+    def update_scores(places) -> None:
+        for k in places:
+            a, b = pairs[k]
+            n = row.counts[a, b]
+            score[k] = n / (tokens[a] * tokens[b]) if n >= least else 0
+
+    fresh = list(row.counts)
+    changed = set()
     for new in watch(range(n_units, n_units + n_merges)):
+        for k, (a, b) in enumerate(fresh, len(pairs)):
+            around[a].add(k)
+            around[b].add(k)
+            changed.add(k)
+        pairs += fresh
+        score = np.resize(score, 2 * len(pairs)) if len(pairs) > len(score) else score
+        score[len(pairs) :] = 0
+        update_scores(changed)
         while (best := score.max()) == 0 and least > 1:
             least //= 2
-            for k in range(len(pairs)):
-                mend(k)
+            update_scores(range(len(pairs)))
         if best == 0:
             break
         a, b = min(pairs[k] for k in np.flatnonzero(score == best))
         merges.append((a, b))
-        changed, joined = row.join(a, b)
-        tokens[new] = joined
-        tokens[a] -= joined
-        tokens[b] -= joined
-        for pair in changed - place.keys():
-            place[pair] = len(pairs)
-            around[pair[0]].add(len(pairs))
-            around[pair[1]].add(len(pairs))
-            pairs.append(pair)
-        if len(pairs) > len(score):
-            score = np.concatenate((score, np.zeros(len(pairs))))
-        for k in around[a] | around[b] | around[new]:
-            mend(k)
-        dead = {k for k in around[a] | around[b] if row.counts[pairs[k]] == 0}
-        around[a] -= dead
-        around[b] -= dead
-    return merges, row.n_tokens()
+        fresh, tokens[new] = row.join(a, b)
+        tokens[a] -= tokens[new]
+        tokens[b] -= tokens[new]
+        changed = around[a] | around[b]
+        gone = {k for k in changed if row.counts[pairs[k]] == 0}
+        around[a] -= gone
+        around[b] -= gone
+    return merges
 
 # ---- Unigram -----------------------------------------------------------------------------------------------
 
@@ -484,9 +480,9 @@ class Lattice:
     def expect(self, p):
         """Compute how often each piece is expected, by forward and backward sums -> (counts, each word's p).
 
-        A probability is multiplied by SCALE for each character, so that no product of many underflows.
+        A probability is multiplied by CHAR_SCALE for each character, so that no product of many underflows.
         """
-        weight = p[self.piece] * SCALE ** self.length.astype(float)
+        weight = p[self.piece] * CHAR_SCALE ** self.length.astype(float)
         forward = np.zeros(self.start[-1])
         forward[: self.alive[0]] = 1
         for j in range(1, len(self.alive)):
@@ -505,20 +501,20 @@ class Lattice:
         share = forward[self.source] * weight * backward[self.target]
         return np.bincount(self.piece, share, len(p)), whole
 
-def train_unigram(words: dict, size: int, watch=iter) -> tuple[dict, float]:
+def train_unigram(words: dict, size: int, watch=iter) -> dict:
     """Learn pieces and their log probabilities (1804.10959): begin with many, fit them by EM, drop those
-    whose loss costs the text least, until `size` are left -> ({piece: log p}, tokens expected of the words).
+    that the text misses least, until `size` are left -> {piece: log p}. All characters stay.
 
-    The pieces themselves stand in the lattice beside the words, with weight zero: the probability that the
-    others give to a piece's text, p(text) - p(piece), is what takes its place. All characters stay.
+    The text of each piece stands in the lattice beside the words, with weight zero: without the piece it
+    would be cut otherwise, with probability p(text) - p(piece), and that is what its loss is measured by.
     """
     lattice_words = list(words)
     n_words = len(lattice_words)
-    seeds = Lattice(lattice_words, list(words.values())).find_pieces(LONGEST, SEEDS * size)
+    seeds = Lattice(lattice_words, list(words.values())).find_pieces(MAX_PIECE_CHARS, SEED_FACTOR * size)
     n_chars = sum(len(piece) == 1 for piece in seeds)
     size = min(max(size, n_chars), len(seeds))
     lattice = Lattice(lattice_words + seeds, [*words.values(), *[0] * len(seeds)])
-    pieces = lattice.find_pieces(LONGEST, SEEDS * size)
+    pieces = lattice.find_pieces(MAX_PIECE_CHARS, SEED_FACTOR * size)
     place = np.empty(len(lattice.order), dtype=int)
     place[lattice.order] = np.arange(len(lattice.order))
     own = {piece: place[n_words + i] for i, piece in enumerate(seeds)}  # the row of each piece's own text
@@ -527,13 +523,13 @@ def train_unigram(words: dict, size: int, watch=iter) -> tuple[dict, float]:
     for _ in watch(range(rounds)):
         for _ in range(2):
             counts, whole = lattice.expect(p)
-            p = estimate(counts, pieces)
+            p = estimate(counts)
         if len(pieces) == size:
             break
         counts, whole = lattice.expect(p)
         rows = np.array([own[piece] for piece in pieces])
         lengths = np.array([len(piece) for piece in pieces], dtype=float)
-        share = whole[rows] / SCALE**lengths
+        share = whole[rows] / CHAR_SCALE**lengths
         loss = counts * (np.log(p) - np.log(np.maximum(share - p, 1e-300)))
         loss[lengths == 1] = np.inf
         left = max(int(0.75 * len(pieces)), size)
@@ -543,13 +539,12 @@ def train_unigram(words: dict, size: int, watch=iter) -> tuple[dict, float]:
         lattice.keep(kept)
         p = p[kept] / p[kept].sum()
     # in steps of 2^-20, sums are exact: ties are ties, whether a text is cut whole or word by word
-    costs = np.round(-np.log(p) / STEP) * STEP
+    costs = np.round(-np.log(p) / LOGP_STEP) * LOGP_STEP
     ranked = sorted(zip(costs.tolist(), pieces, strict=True))
-    return {piece: -cost for cost, piece in ranked}, float(counts.sum())
+    return {piece: -cost for cost, piece in ranked}
 
-def estimate(counts, pieces):
-    """Turn expected counts into probabilities: half an occurrence is taken off, which drops what is rare
-    (near exp(digamma(n)), the variational estimate of SentencePiece)."""
+def estimate(counts):
+    """Turn expected counts into probabilities; n - 1/2 is near exp(digamma(n)), SentencePiece's estimate."""
     p = np.maximum(counts - 0.5, 1e-3)
     return p / p.sum()
 
@@ -616,16 +611,19 @@ def strip_accents(text: str) -> str:
 def bert_normalizer(step: dict):
     """Clean a text as BERT does: no control characters, spaces around Chinese ones, plain small letters."""
 
+    clean, chinese, small = (step[name] for name in ("clean_text", "handle_chinese_chars", "lowercase"))
+    bare = small if step["strip_accents"] is None else step["strip_accents"]
+
     def normalize(text: str) -> str:
-        if step["clean_text"]:
+        if clean:
             gone = ("Cc", "Cf", "Co")
             kept = (c for c in text if c in "\t\n\r" or c != "\ufffd" and unicodedata.category(c) not in gone)
             text = re.sub(r"\s", " ", "".join(kept))
-        if step["handle_chinese_chars"]:
+        if chinese:
             text = re.sub(CHINESE, r" \g<0> ", text)
-        if step["strip_accents"] or step["strip_accents"] is None and step["lowercase"]:
+        if bare:
             text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
-        return lower(text) if step["lowercase"] else text
+        return lower(text) if small else text
 
     return normalize
 
@@ -642,11 +640,12 @@ def pattern_of(step: dict) -> str:
 def replace(step: dict):
     """Replace what a string or a pattern of the file finds."""
     pattern = regex.compile(pattern_of(step))
-    return lambda text: pattern.sub(lambda match: step["content"], text)
+    content = step["content"]
+    return lambda text: pattern.sub(lambda match: content, text)
 
 def strip(step: dict):
-    left = regex.compile(r"^\s+" if step["strip_left"] else r"$^")
-    right = regex.compile(r"\s+$" if step["strip_right"] else r"$^")
+    left = regex.compile(r"^\s+" if step["strip_left"] else NEVER)
+    right = regex.compile(r"\s+$" if step["strip_right"] else NEVER)
     return lambda text: left.sub("", right.sub("", text))
 
 def precompiled(step: dict):
@@ -748,11 +747,15 @@ def byte_level(step: dict):
     before = step.get("add_prefix_space", True)
     return lambda text: cut(" " + text if before and not text.startswith(" ") else text)
 
+def is_odd(pattern: str) -> bool:
+    """Tell whether a pattern can find nothing, or repeats a repetition: libraries differ there."""
+    found = regex.finditer(pattern, "a1 \n.\r\n  'é")
+    return any(m.start() == m.end() for m in found) or bool(re.search(r"\{[\d,]*\}\+", pattern))
+
 def split_step(step: dict):
     pattern = pattern_of(step)
-    nothing = any(m.start() == m.end() for m in regex.finditer(pattern, "a1 \n.\r\n  'é"))
-    odd = nothing or re.search(r"\{[\d,]*\}\+", pattern)
-    check(not odd, f"the pattern {pattern!r} is not supported: it matches nothing, or repeats a repetition")
+    what = "it matches nothing, or repeats a repetition"
+    check(not is_odd(pattern), f"the pattern {pattern!r} is not supported: {what}")
     return split_at(pattern, step["behavior"], step.get("invert", False))
 
 PUNCTUATION = r"[!-/:-@\[-`{-~\p{P}]"
@@ -846,7 +849,7 @@ def read_ranks(path: Path) -> dict:
     merges = []
     for name in sorted(names, key=names.get):
         if len(name) > 1:
-            merges.append(list(merge_before(name, names)))
+            merges.append(list(split_by_earlier_merges(name, names)))
     odd = [merge for merge in merges if len(merge) != 2]
     check(not odd, f"no two tokens before it make {''.join(odd[0]) if odd else ''!r}")
     spec = bpe_file([], pattern, ())
@@ -856,7 +859,7 @@ def read_ranks(path: Path) -> dict:
     return spec
 
 def vocabulary(model: dict) -> dict:
-    """Read {token: id} of a file's model: Unigram's is a list of (token, log p), the others' is that."""
+    """Read {token: id} of a file's model: Unigram has a list of (token, log p), the others a dictionary."""
     if model.get("type") == "Unigram":
         return {name: i for i, (name, _) in enumerate(model["vocab"])}
     return dict(model["vocab"])
@@ -969,7 +972,7 @@ def chars_codec(spec: dict):
 
 def tokens_of(model: dict) -> dict:
     """Spell the tokens of a model that writes spaces as a sign -> {id: bytes}."""
-    byte = r"<0x([0-9A-F]{2})>" if model.get("byte_fallback") else r"$^"
+    byte = r"<0x([0-9A-F]{2})>" if model.get("byte_fallback") else NEVER
     tokens = {}
     for name, i in vocabulary(model).items():
         match = re.fullmatch(byte, name)
@@ -1005,11 +1008,12 @@ def wordpiece_codec(spec: dict):
     vocab = model["vocab"]
     prefix = model["continuing_subword_prefix"]
     unknown = vocab[model["unk_token"]]
+    longest = model["max_input_chars_per_word"]
 
     def encode(word: str) -> list[int]:
         ids = []
         start = 0
-        while start < len(word) and len(word) <= model["max_input_chars_per_word"]:
+        while start < len(word) <= longest:
             before = prefix if start else ""
             ends = range(len(word), start, -1)
             end = next((end for end in ends if before + word[start:end] in vocab), None)
@@ -1037,9 +1041,10 @@ class Unigram:
         self.costs = (logp, max(map(len, logp)), min(logp.values()) - 10)  # the last: of an unknown character
         name = None if unknown is None else model["vocab"][unknown][0]
         self.fallback = model | {"fuse_unk": True, "unk_token": name}
-        exact = all(score % STEP == 0 for score in logp.values())
-        names = [name for name in logp if not re.fullmatch("<0x..>", name)]
-        self.find = regex.compile(cut_pattern(names) if exact else r"[\s\S]+").findall
+        exact = all(score % LOGP_STEP == 0 for score in logp.values())
+        texts = {name: p for name, p in logp.items() if not re.fullmatch("<0x..>", name)}
+        self.text_costs = (texts, *self.costs[1:])  # no way but the likeliest may take a byte's name for it
+        self.find = regex.compile(cut_pattern(list(texts)) if exact else r"[\s\S]+").findall
         self.words = Memory(lambda word: viterbi(word, *self.costs))
 
     def __call__(self, text: str) -> list[int]:
@@ -1070,7 +1075,7 @@ def read_merges(spec: dict, alphabet: list[str]) -> list[str]:
     check(not lacks, f"merges of what the vocabulary has not are not supported: it lacks {lacks[:1]}")
     rank = {name: i for i, name in enumerate(names)}
     listed = set(pairs)
-    odd = [name for name in made if merge_before(name, rank) not in listed]
+    odd = [name for name in made if split_by_earlier_merges(name, rank) not in listed]
     ordered = not odd and len(rank) == len(names)
     check(ordered, f"merges in an order of their own are not supported: see {odd[:1]}")
     added = {token["content"] for token in spec.get("added_tokens", [])}
@@ -1079,7 +1084,7 @@ def read_merges(spec: dict, alphabet: list[str]) -> list[str]:
     check(not refused, f"the option ignore_merges is not supported where no merge makes {other[:1]}")
     return names
 
-def merge_before(name: str, rank: dict) -> tuple:
+def split_by_earlier_merges(name: str, rank: dict) -> tuple:
     """Merge the letters of a token by all tokens before it -> the parts: two where all is well."""
     parts = list(name)
     own = rank[name]
@@ -1103,7 +1108,7 @@ def one_pattern(spec: dict) -> str | None:
     pattern = steps[0]["pattern"].get("Regex") if known else None
     if pattern is None or pattern in PATTERNS.values():
         return pattern
-    if "" in regex.findall(pattern, "a1 \n.\r\n  'é") or re.search(r"\{[\d,]*\}\+", pattern):
+    if is_odd(pattern):
         return None
     # Hugging Face keeps what lies between two matches as a piece, tiktoken would drop it; and its ^ and $ are
     # those of any line.
@@ -1113,13 +1118,13 @@ def find_tokens(added: list[dict], text: str) -> list[tuple]:
     """Cut added tokens out of a text: [{"content": "<a>", "id": 7}], "x<a>" -> [("x", None), ("<a>", 7)]"""
     if not added:
         return [(text, None)]
+    order = sorted(added, key=lambda token: -len(token["content"]))  # the longest first
     forms = []
-    for token in sorted(added, key=lambda token: -len(token["content"])):  # the longest first
+    for token in order:
         form = re.escape(token["content"])
         form = rf"(?<!\w){form}(?!\w)" if token.get("single_word") else form
         form = rf"\s*{form}" if token.get("lstrip") else form
         forms.append(f"({form})" + r"\s*" * bool(token.get("rstrip")))
-    order = sorted(added, key=lambda token: -len(token["content"]))
     pieces = []
     end = 0
     for match in re.finditer("|".join(forms), text):
@@ -1210,10 +1215,6 @@ CHAT_FORMATS = {  # name: the Jinja template, the special tokens that it spells,
         ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"), "<|end|>"),
 }
 
-def describe_chat(chat: str) -> str:
-    """Write the settings that lie beside a tokenizer.json: how it spells a conversation."""
-    return json.dumps({"chat_template": CHAT_FORMATS[chat][0]}, indent=2) + "\n"
-
 def compile_template(text: str):
     """Compile a chat template in Jinja's sandbox: it comes from outside."""
     from jinja2 import TemplateError
@@ -1270,7 +1271,8 @@ class Tokenizer:
         # Tokens that ordinary text gives are found in the text as it is, or after the normalizer.
         plain = [token for token in added if not token["special"]]
         self.raw = [token for token in plain if not token["normalized"]]
-        self.normalized = [t | {"content": self.normalize(t["content"])} for t in plain if t["normalized"]]
+        found = [t | {"content": self.normalize(t["content"])} for t in plain if t["normalized"]]
+        self.normalized = [token for token in found if token["content"]]
         self.added = {token["content"]: token for token in added}
         self.n_vocab = max(tokens) + 1
         self.token_bytes = [tokens.get(i, b"") for i in range(self.n_vocab)]  # a file may leave an id out
@@ -1320,6 +1322,12 @@ class Tokenizer:
         if self.eot_id is None:
             self.eot_id = self.ids.get(self.names.get("eos_token"))
 
+    def describe_settings(self) -> dict:
+        """Collect what a folder says beside a tokenizer.json: names of tokens, another chat template."""
+        ours = CHAT_FORMATS["chatml"][0]
+        template = {"chat_template": self.chat_template} if self.chat_template not in (None, ours) else {}
+        return self.names | template
+
     def save(self, path: Path):
         """Save the tokenizer to a file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1328,14 +1336,10 @@ class Tokenizer:
         beside.write_text(f"{text}\n", encoding="utf-8", newline="\n")
         os.replace(beside, path)
 
-    def normalize(self, text: str, place: int = 0) -> str:
+    def normalize(self, text: str, place: int = START) -> str:
         for step in self.normalizers[place]:
             text = step(text)
         return text
-
-    def cut(self, text: str, place: int = 0) -> list[str]:
-        """Cut a normalized text into the pieces that are encoded one by one."""
-        return self.cuts[place](text)
 
     def encode(self, text: str, special=()) -> list[int]:
         """Encode a text. special: "all", a name or names of special tokens that the text may spell out."""
@@ -1344,19 +1348,24 @@ class Tokenizer:
             check(name in self.special, f"there is no special token {name!r}, only {', '.join(self.special)}")
         return self.encode_array(text, names).tolist()
 
-    def encode_array(self, text: str, special=(), place: int = 0) -> np.ndarray:
-        """Encode a text as uint32; in several threads at once. special: names; place: where it begins."""
+    def cut_text(self, text: str, special=(), place: int = START):
+        """Cut a text into ids of added tokens, and pieces that the model encodes one by one."""
         whole = text.isascii() or not re.search("[\ud800-\udfff]", text)
         check(whole, "the text is not UTF-8: a character is cut in half, or a byte is none")
-        rows = [np.empty(0, np.uint32)]
         for piece, i in find_tokens([*self.raw, *(self.added[name] for name in special)], text):
             parts = [("", i)]
             if i is None:
                 parts = find_tokens(self.normalized, self.normalize(piece, place))
             for part, i in parts:
-                words = [[i]] if i is not None else map(self.encode_words, self.cut(part, place))
-                rows += [np.asarray(ids, dtype=np.uint32) for ids in words]
+                yield from self.cuts[place](part) if i is None else [i]
                 place = AFTER_TOKEN
+
+    def encode_array(self, text: str, special=(), place: int = START) -> np.ndarray:
+        """Encode a text as uint32; in several threads at once. special: names; place: where it begins."""
+        rows = [np.empty(0, np.uint32)]
+        for piece in self.cut_text(text, special, place):
+            ids = self.encode_words(piece) if isinstance(piece, str) else [piece]
+            rows.append(np.asarray(ids, dtype=np.uint32))
         return np.concatenate(rows)
 
     def encode_ways(self, text: str, n: int | None, alpha: float, rng) -> list[list[int]]:
@@ -1364,12 +1373,14 @@ class Tokenizer:
         model = self.encode_words
         check(isinstance(model, Unigram), "only a unigram tokenizer knows several ways to cut a text")
         ways = [(0.0, [])]
-        for piece in self.cut(self.normalize(text)):
-            if n:
-                found = n_best(piece, *model.costs, n)
+        for piece in self.cut_text(text):
+            if not isinstance(piece, str):
+                found = [(0.0, [piece])]
+            elif n:
+                found = [(p, model.number(pieces)) for p, pieces in n_best(piece, *model.text_costs, n)]
             else:
-                found = [(0.0, sample_pieces(piece, *model.costs, alpha, rng))]
-            ways = [(p + q, ids + model.number(pieces)) for p, ids in ways for q, pieces in found]
+                found = [(0.0, model.number(sample_pieces(piece, *model.text_costs, alpha, rng)))]
+            ways = [(p + q, ids + more) for p, ids in ways for q, more in found]
             ways = sorted(ways, reverse=True)[: n or 1]
         return [ids for _, ids in ways]
 
@@ -1414,6 +1425,8 @@ class Tokenizer:
         """
         from jinja2 import TemplateError
 
+        whole = all(isinstance(m.get(key), str) for m in messages for key in ("role", "content"))
+        check(whole, "A message is a role and a content, both of them texts.")
         marks = [m | {"content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
         asked = {}  # answer -> what stands before it
         try:
@@ -1437,7 +1450,7 @@ class Tokenizer:
 
     def take_apart(self, text: str, contents: list[str], asked: dict) -> list[tuple]:
         """Cut a text with marks at special tokens, and where the assistant begins and ends."""
-        special = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)"
+        special = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or NEVER
         runs = []
         end = 0
         answered = False  # does the assistant's content stand before?
@@ -1485,7 +1498,7 @@ def count_pieces(texts: list[str], spec: dict) -> Counter:
     tokenizer = Tokenizer(spec)
     words = Counter()
     for text in texts:
-        words.update(tokenizer.cut(tokenizer.normalize(text)))
+        words.update(tokenizer.cut_text(text))
     return words
 
 def cut(text: str, size: int) -> list[str]:
@@ -1538,6 +1551,7 @@ def train_tokenizer(texts, algorithm="bpe", vocab_size=4096, pattern="gpt4", nor
     options = {"vocab_size": vocab_size, "pattern": pattern, "normalizer": normalizer, "coverage": coverage}
     spec, n_tokens = learn(texts, names, **options)
     tokenizer = Tokenizer(spec)
+    tokenizer.chat_template = CHAT_FORMATS[chat][0]
     if algorithm not in ("byte", "char") and tokenizer.n_vocab < vocab_size:
         say(f"warning: the text gives {tokenizer.n_vocab} ids only, {vocab_size} were asked for")
     return tokenizer, n_tokens
@@ -1566,6 +1580,11 @@ def in_bytes(words: dict) -> dict:
     """Spell words as the ids of their bytes."""
     return {word.encode().translate(BYTE_TO_ID): n for word, n in words.items()}
 
+def count_tokens(spec: dict, words: dict) -> int:
+    """Count the tokens that a tokenizer makes of counted words."""
+    encode = Tokenizer(spec).encode_words
+    return sum(len(encode(word)) * n for word, n in words.items())
+
 def learn_wordpiece(texts, special, vocab_size, normalizer, coverage, **options):
     """Learn WordPiece: of each character one token for a word's first place, one for the others."""
     spec = wordpiece_file(["[UNK]"], special, normalizer != "cased")
@@ -1582,12 +1601,13 @@ def learn_wordpiece(texts, special, vocab_size, normalizer, coverage, **options)
         ids = tuple(number.get(f"##{c}" if i else c) for i, c in enumerate(word))
         if None not in ids:
             rows[ids] = n
+    check(rows, f"no word is left of the characters that --coverage {coverage} keeps: give a larger one")
     n_merges = vocab_size - len(names) - len(special) - 1
-    merges, n_tokens = train_wordpiece(rows, n_merges, len(names), merging(n_merges))
+    merges = train_wordpiece(rows, n_merges, len(names), merging(n_merges))
     for a, b in merges:
         names.append(names[a] + names[b].removeprefix("##"))
     spec = wordpiece_file(list(dict.fromkeys(["[UNK]", *names])), special, normalizer != "cased")
-    return spec, n_tokens
+    return spec, count_tokens(spec, words)
 
 def learn_sentencepiece(texts, special, vocab_size, normalizer, coverage, unigram=False, **options):
     """Learn SentencePiece's BPE or Unigram: on characters, a space is one of them, rare ones become bytes."""
@@ -1596,9 +1616,11 @@ def learn_sentencepiece(texts, special, vocab_size, normalizer, coverage, unigra
                         "counting words")
     words = Counter()
     for word, n in found.items():
-        for start in range(0, len(word), LONGEST_WORD):
-            words[word[start : start + LONGEST_WORD].replace(" ", SPACE)] += n
+        for start in range(0, len(word), MAX_WORD_CHARS):
+            words[word[start : start + MAX_WORD_CHARS].replace(" ", SPACE)] += n
     alphabet = choose_alphabet(words, coverage)
+    if unigram:  # else a text that spells the name of a byte, <0x41>, could be cut into that token
+        alphabet = list(dict.fromkeys([*alphabet, *"<0x123456789ABCDEF>"]))
     base = ["<unk>", *(f"<0x{b:02X}>" for b in range(256))]
     room = vocab_size - len(base) - len(special)
     check(room > len(alphabet), f"{vocab_size} ids are too few for {len(alphabet)} characters and 256 bytes: "
@@ -1610,19 +1632,21 @@ def learn_sentencepiece(texts, special, vocab_size, normalizer, coverage, unigra
             if there:
                 parts["".join(cs)] += n
     if unigram:
-        logp, n_tokens = train_unigram(parts, room, lambda steps: track(steps, "fitting", len(steps)))
+        parts.update(dict.fromkeys(alphabet, 0))
+        logp = train_unigram(parts, room, lambda steps: track(steps, "fitting", len(steps)))
         vocab = [[name, RARE_PIECE] for name in base] + [[piece, p] for piece, p in logp.items()]
         model = {"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": True}
     else:
         number = {c: i for i, c in enumerate(alphabet)}
         rows = {tuple(map(number.get, word)): n for word, n in parts.items()}
-        merges, n_tokens = train_bpe(rows, room - len(alphabet), len(alphabet), merging(room - len(alphabet)))
+        merges, _ = train_bpe(rows, room - len(alphabet), len(alphabet), merging(room - len(alphabet)))
         names = list(alphabet)
         for a, b in merges:
             names.append(names[a] + names[b])
         pairs = [[names[a], names[b]] for a, b in merges]
         model = bpe_model([*base, *names], pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    return sentencepiece_file(model, special, nfkc), round(n_tokens)
+    spec = sentencepiece_file(model, special, nfkc)
+    return spec, count_tokens(spec, words)
 
 CODECS = {"BPE": chars_codec, "WordPiece": wordpiece_codec, "Unigram": unigram_codec}
 
@@ -1820,11 +1844,6 @@ class Documents:
         """Yield the texts of these documents, with a bar."""
         yield from map(self.text, track(rows, what, len(rows)))
 
-    def values(self):
-        """Yield (source, text) of all documents."""
-        for i, text in enumerate(self.read(range(len(self)), "reading again")):
-            yield self.sources[self.source[i]], text
-
 def read_documents(files: list, field: str, filters=None, folder=None, seed=0, signed=True) -> tuple:
     """Read files: return Documents, {reason: what was dropped}, [source, name, hash] of each.
 
@@ -1889,10 +1908,11 @@ def split_documents(documents: Documents, rows: np.ndarray, val_fraction: float)
     if len(rows) == 1:  # cut it at the character where nanoGPT cuts tiny Shakespeare
         say("a single document: its tail becomes the validation split")
         text = documents.text(rows[0])
-        end = int(len(text) * (1 - val_fraction))
-        for part in (text[:end], text[end:]):
-            source = documents.sources[documents.source[rows[0]]]
-            documents.add(source, part, hashlib.sha256(part.encode()).digest(), sign(part))
+        check(len(text) > 1, "a text of one character cannot be split: give more")
+        end = min(max(1, int(len(text) * (1 - val_fraction))), len(text) - 1)
+        source = documents.sources[documents.source[rows[0]]]
+        for name, part in ("train", text[:end]), ("val", text[end:]):  # the two may be equal
+            documents.add(source, part, hashlib.sha256(f"{name} {part}".encode()).digest(), sign(part))
         train, val = [len(documents) - 2], [len(documents) - 1]
     else:
         train, val = [], []
@@ -1926,12 +1946,15 @@ def mix_sources(documents: Documents, train: np.ndarray, weights: dict, sources:
         check(len(own), f"--weight: nothing of {name} is left for training")
         epochs = weight / sum(weights.values()) * sizes.sum() / sizes[own].sum()
         check(epochs <= 100, f"--weight: {name} would be repeated {epochs:.0f} times; 100 is the most")
-        sources[name] |= {"weight": weight, "epochs": round(epochs, 4)}
         ends = np.cumsum(sizes[own])
+        taken = 0
         for copy in range(int(np.ceil(epochs))):
             part = own[ends <= (epochs - copy) * ends[-1]]  # all of it, but for the last copy
+            taken += int(sizes[part].sum())
             rows.append(train[part])
             keys.append(order[part] * np.uint64(2 * copy + 1))  # the copies lie apart
+        check(taken, f"--weight: no document of {name} is as small as its share: give it more, or cut it up")
+        sources[name] |= {"weight": weight, "epochs": round(taken / int(ends[-1]), 4)}
     return np.concatenate(rows)[np.argsort(np.concatenate(keys), kind="stable")]
 
 # ---- Documents: what they are like -------------------------------------------------------------------------
@@ -1982,6 +2005,7 @@ def learn_language(name: str) -> tuple:
         return english, 0.25
     found = trigrams(read_text(name))
     check(len(found) > 2000, f"--language {name} is too short: give some pages")
+    check(share_of(english, found) < 0.15, f"--language {name} is English: write --language en")
     common = {gram for gram, _ in Counter(found).most_common(120)} - english
     return common, share_of(common, found)
 
@@ -2068,6 +2092,7 @@ def find_worst(documents: Documents, rows: np.ndarray, reference: str, share=0.1
     A linear classifier, naive Bayes: the weight of a word or pair of words says how much likelier it is in
     the reference than in the corpus (as in DSIR, Xie et al. 2023, 2302.03169). A text's score is the mean.
     """
+    check(len(rows) >= 1 / share, f"--quality drops a share of {share}: {len(rows)} texts are too few for it")
     def hash_pairs(text: str) -> np.ndarray:
         words = hash_words(text).astype(np.int64)
         return np.concatenate([words, 31 * words[:-1] + words[1:]]) % 65_521  # a prime: all bits count
@@ -2130,7 +2155,7 @@ def say(text: str):
 
 # ---- Report ------------------------------------------------------------------------------------------------
 
-EXAMPLES = ("Hello world!", "Supercalifragilisticexpialidocious", "Hello", "नमस्ते")  # the chapter's own
+EXAMPLES = ("Hello world!", "Supercalifragilisticexpialidocious", "Hello", "नमस्ते")
 UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
 LOST = "\ufffd", "[UNK]", "<unk>"  # a piece that has or is one of these shows no text
 
@@ -2257,14 +2282,17 @@ def train(
     options = choose_tokenizer(None, algorithm, vocab_size, pattern, normalizer, coverage, special, chat)
     ours = not output.exists() or (output.is_file() and b'"added_tokens"' in output.read_bytes())
     check_output(output, ours, overwrite or not output.exists(), files)
-    beside = output.with_name("tokenizer_config.json")
-    check(not chat or overwrite or not beside.exists(), f"{beside} exists: pass --overwrite to replace it")
+    beside = output.with_name(SETTINGS)
+    free = overwrite or not beside.exists()
+    check(free, f"{beside} belongs to another tokenizer: pass --overwrite to replace it, or another --output")
     documents, _, _ = read_documents(files, field, signed=False)
     texts = documents.read(range(len(documents)), "learning")
     tokenizer, n_tokens = train_tokenizer(texts, **options)
     tokenizer.save(output)
-    if chat:
-        beside.write_text(describe_chat(chat), encoding="utf-8")
+    settings = tokenizer.describe_settings()
+    beside.unlink(missing_ok=True)
+    if settings:
+        beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     n_bytes = documents.sizes().sum()
     say(f"{output}: {tokenizer.n_vocab:,} ids, {n_bytes / n_tokens:.3f} bytes per token")
 
@@ -2277,13 +2305,16 @@ def encode(
     seed: Annotated[int, typer.Option(help="Of --sample.")] = 0,
 ):
     """Print the ids of a text as one JSON list."""
+    other = n_best is not None or sample is not None
+    check(n_best is None or sample is None, "--n-best and --sample: one of them")
+    check(not (other and special), "--special goes with neither --n-best nor --sample")
     check(n_best is None or 1 <= n_best <= 1000, f"--n-best {n_best} is out of range: 1 to 1000")
     check(sample is None or 0 <= sample < 1000, f"--sample {sample} is out of range: 0 (all alike) to 1000")
     check(0 <= seed < 2**31, f"--seed {seed} is out of range: 0 at least, and below 2^31")
     tok = Tokenizer.load(tokenizer)
     if text is None:
         text = without_mark(sys.stdin.buffer.read()).decode(errors="surrogateescape")
-    if n_best is None and sample is None:
+    if not other:
         print(json.dumps(tok.encode(text, "all" if "all" in special else special)))
         return
     for ids in tok.encode_ways(text, n_best, sample, random.Random(seed)):
@@ -2303,7 +2334,7 @@ def decode(
 def report(
     tokenizers: Annotated[list[str], typer.Argument(help="tokenizer.json files, or folders.")] = None,
     sweep: Annotated[str, typer.Option(help="Sizes to learn a tokenizer of each: 512,1024,4096.")] = "",
-    algorithm: Annotated[Literal["bpe", "wordpiece", "spm-bpe", "unigram"], typer.Option()] = "bpe",
+    algorithm: Annotated[Algorithm, typer.Option(help="Of --sweep; bpe.")] = None,
     inputs: Annotated[list[str], typer.Option("--input", help="Text to learn from, and to count on.")] = (),
     sentences: Annotated[Path, typer.Option(help="JSON: a list of parallel sentences a language.")] = None,
     width: Annotated[int, typer.Option(help="n_embd, for the embedding's parameters.")] = 768,
@@ -2318,6 +2349,9 @@ def report(
     check(1 <= width <= 2**20, f"--width {width} is out of range: 1 to 2^20")
     check(0 <= seconds <= 10**6, f"--train {seconds} is out of range: seconds, 0 for none")
     check(tokenizers or sweep, "name a tokenizer.json, or sizes to learn: --sweep 512,1024,4096")
+    check(sweep or not algorithm, "--algorithm is for --sweep: leave it out")
+    algorithm = algorithm or "bpe"
+    check(algorithm in ("bpe", *LEARNED_ON_WORDS), f"--algorithm {algorithm} has one size only")
     check(re.fullmatch(r"(\d+(,\d+)*)?", sweep), f"--sweep {sweep} is no list of sizes: write 512,1024,4096")
     reads = bool(inputs or sweep or seconds)
     if plot:
@@ -2416,8 +2450,9 @@ def prepare(
     # 5. the folder
     contents = (save_train, save_val, tok.save, describe_data(meta, hashes))
     contents = dict(zip(DATA_FILES, contents, strict=True))
-    contents |= {"tokenizer_config.json": describe_chat(chat)} if chat else {}
-    save_files(output, contents, {"tokenizer_config.json"} - contents.keys())
+    settings = tok.describe_settings()
+    contents |= {SETTINGS: json.dumps(settings, indent=2) + "\n"} if settings else {}
+    save_files(output, contents, {SETTINGS} - contents.keys())
     show_meta(output, meta)
     if as_json:
         print(json.dumps({"output": str(output), **meta}))
@@ -2443,7 +2478,7 @@ def check_numbers(val_fraction: float, seed: int, near_duplicates: float):
 def check_folder(output: Path, overwrite: bool, files: list):
     """Refuse a folder that is not empty and no data folder, or one that has to stay."""
     # a save that was killed may leave these
-    left = {f"{name}.new" for name in (*DATA_FILES, "tokenizer_config.json", "commit.json")}
+    left = {f"{name}.new" for name in (*DATA_FILES, SETTINGS, "commit.json")}
     there = any(not path.is_dir() and path.name not in left for path in output.resolve().rglob("*"))
     meta = output / "meta.json"
     ours = not there or (meta.is_file() and b'"splits"' in meta.read_bytes())
@@ -2455,6 +2490,7 @@ def read_weights(weights: list[str], sources: set) -> dict:
     for weight in weights:
         name, _, share = weight.rpartition("=")
         fits = name in sources and re.fullmatch(r"\d*\.?\d+", share) and float(share) > 0
+        check(name not in shares, f"--weight {weight}: {name} has one already")
         check(fits, f"--weight {weight}: write NAME=SHARE, above 0, NAME of {', '.join(sorted(sources))}")
         shares[name] = float(share)
     missing = sources - set(shares) if shares else ()
@@ -2493,11 +2529,18 @@ def encode_documents(tok: Tokenizer, documents: Documents, rows: np.ndarray, spl
 
 def command_line(inputs: list, output, overwrite, as_json, **options) -> str:
     """Write down the command; of an absolute path only the name, as it means nothing on another machine."""
-    words = ["python", "tokenize.py", "prepare", *(inputs or [])]
+    words = ["python", "tokenize.py", "prepare"]
+    for item in inputs or ():
+        name, equals, path = item.rpartition("=")
+        words.append(name + equals + shorten(Path(path)))
     for name, value in options.items():
         for given in value if isinstance(value, (list, tuple)) else [value]:
-            words += [f"--{name.replace('_', '-')}", str(given)] if given or name == "seed" else []
-    return shlex.join(Path(w).name if Path(w).is_absolute() else w for w in words)
+            text = shorten(given) if isinstance(given, Path) else str(given)
+            words += [f"--{name.replace('_', '-')}", text] if given or name == "seed" else []
+    return shlex.join(words)
+
+def shorten(path: Path) -> str:
+    return path.name if path.is_absolute() else str(path)
 
 def show_meta(output: Path, meta: dict):
     """Print what each source gave, and what was dropped."""
@@ -2524,8 +2567,8 @@ def choose_tokenizer(tokenizer: Path | None, algorithm, vocab_size, pattern, nor
     given = ", ".join(f"--{name.replace('_', '-')}" for name in options)
     check(free, f"--tokenizer says it all: leave out {given}")
     kind = algorithm or "bpe"
-    for name in USED.keys() & options.keys():
-        kinds, values = USED[name]
+    for name in OPTION_ALGORITHMS.keys() & options.keys():
+        kinds, values = OPTION_ALGORITHMS[name]
         flag = f"--{name.replace('_', '-')}"
         check(kind in kinds, f"{flag} is for {', '.join(kinds)}, not for {kind}: leave it out")
         fits = values is None or options[name] in values[kind]
@@ -2534,8 +2577,8 @@ def choose_tokenizer(tokenizer: Path | None, algorithm, vocab_size, pattern, nor
     least = LEAST_VOCAB if kind == "bpe" else len(SPECIAL) + 2
     check(least <= options.get("vocab_size", least) < 2**24,
           f"--vocab-size {vocab_size} is out of range: at least {least}, below 2^24")
-    empty = [name for name in special if not name.strip()]
-    check(not empty, "--special has to be a text")
+    printable = all(name.strip() and name.isprintable() for name in special)
+    check(printable, "--special has to be a printable text")
     return {"tokenizer": tokenizer} if tokenizer else options
 
 def check_output(output: Path, ours: bool, free: bool, files: list):

@@ -81,6 +81,50 @@ def test_special_tokens_come_when_they_are_named(learned):
             assert i not in ours.encode(f"a{token}a")
 
 
+def test_the_name_of_a_byte_is_text_where_its_letters_were_never_seen(tmp_path):
+    """Unigram knows <0x41> as a token: a text that spells it stays text, however it is cut."""
+    text = "plain words and nothing else, over and over " * 40
+    ours, n_tokens = tk.train_tokenizer([text], "unigram", vocab_size=340)
+    theirs, ours = both(ours.spec, tmp_path)
+    assert ours.encode("x<0x41>y") == theirs.encode("x<0x41>y").ids and n_tokens == len(ours.encode(text))
+    assert {ours.decode(ids) for ids in ours.encode_ways("x<0x41>y", 3, None, None)} == {"x<0x41>y"}
+
+
+def test_a_coverage_that_leaves_no_word_is_refused():
+    with pytest.raises(tk.UserError, match="no word is left"):
+        tk.train_tokenizer(["aab aac aad"], "wordpiece", vocab_size=40, coverage=0.3)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "spm-bpe", "unigram"])
+def test_tokens_are_counted_as_they_are_made(kind):
+    """Characters beyond the coverage, too."""
+    texts = ["one two three four " * 50, "\u4e16\u754c "]
+    ours, n_tokens = tk.train_tokenizer(texts, kind, vocab_size=340 if kind != "wordpiece" else 60, coverage=0.99)
+    assert n_tokens == sum(len(ours.encode(text)) for text in texts)
+
+
+@pytest.mark.parametrize("change", [
+    lambda s: s["normalizer"].pop("clean_text"), lambda s: s["normalizer"].pop("lowercase"),
+    lambda s: s["model"].pop("max_input_chars_per_word"), lambda s: s["model"].pop("unk_token"),
+    lambda s: s.update(normalizer={"type": "Replace", "pattern": {"String": "a"}}),
+])  # fmt: skip
+def test_a_damaged_part_shows_when_the_file_is_opened(tmp_path, change):
+    spec = tk.wordpiece_file(["[UNK]", "a", "##b"], tk.SPECIAL, True)
+    tk.Tokenizer(spec)
+    change(spec)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(tk.UserError, match="damaged"):
+        tk.Tokenizer.load(tmp_path)
+
+
+def test_an_added_token_that_normalizes_to_nothing_is_nowhere():
+    spec = tk.wordpiece_file(["[UNK]", "the", "e", "##e"], tk.SPECIAL, True)
+    ids = tk.Tokenizer(spec).encode("the eee")
+    token = {"id": 15, "content": "\u200b", "normalized": True, "special": False}
+    spec["added_tokens"].append({**json.loads(tk.FLAGS), **token})
+    assert tk.Tokenizer(spec).encode("the eee") == ids and len(ids) == 4
+
+
 # ---- The methods, against themselves told plainly
 
 
@@ -89,15 +133,7 @@ def test_wordpiece_is_learned_as_it_is_told():
     for _ in range(60):
         words = {tuple(rng.choices(range(5), k=rng.randint(1, 9))): rng.randint(1, 40) for _ in range(30)}
         n = rng.randint(1, 25)
-        merges, n_tokens = tk.train_wordpiece(words, n, 5)
-        assert merges == tk.train_plain(words, n, 5, wordpiece=True)
-        for new, pair in enumerate(merges, 5):
-            words = {(tuple(tk.merge(list(ids), pair, new)), i): n for i, (ids, n) in enumerate(words.items())}
-            words = {ids: n for (ids, _), n in words.items()} if len({k[0] for k in words}) == len(words) else None
-            if words is None:
-                break
-        else:
-            assert n_tokens == sum(len(ids) * n for ids, n in words.items())
+        assert tk.train_wordpiece(words, n, 5) == tk.train_plain(words, n, 5, wordpiece=True)
 
 
 def ways_of(word, p):
@@ -119,7 +155,7 @@ def test_expected_counts_are_those_of_all_ways():
     for i, word in enumerate(lattice.words):
         ways = [(math.prod(known[x] for x in way), way) for way in ways_of(word, known)]
         total = sum(q for q, _ in ways)
-        assert whole[i] == pytest.approx(total * tk.SCALE ** len(word))
+        assert whole[i] == pytest.approx(total * tk.CHAR_SCALE ** len(word))
         for q, way in ways:
             for piece in way:
                 expected[piece] += words[word] * q / total
@@ -335,6 +371,13 @@ def test_templates_that_trim_are_followed_and_those_that_cut_are_not():
         ours.render(TALK)
 
 
+def test_a_message_without_a_text_is_refused():
+    ours = train(TEXTS[:1], 400)
+    for message in ({"role": "user", "content": None}, {"role": "user"}, {"role": 1, "content": "a"}):
+        with pytest.raises(tk.UserError, match="both of them texts"):
+            ours.render([message])
+
+
 # ---- The commands
 
 
@@ -361,7 +404,7 @@ def test_train_takes_every_algorithm(tmp_path):
     ("--algorithm bpe --normalizer nfkc", "--normalizer"), ("--algorithm wordpiece --normalizer nfkc", "nfkc"),
     ("--algorithm unigram --coverage 0", "--coverage"), ("--algorithm unigram --coverage nan", "--coverage"),
     ("--coverage 0.9", "--coverage"), ("--special a", "'a'"), ("--special ab --algorithm byte --special a", "'a'"),
-    ("--chat llama3 --vocab-size 268", "too few"),
+    ("--chat llama3 --vocab-size 268", "too few"), ("--special \udcff", "--special"),
 ])  # fmt: skip
 def test_options_that_cannot_be(tmp_path, line, said):
     (tmp_path / "a.txt").write_text(TEXTS[0])
@@ -372,5 +415,5 @@ def test_options_that_cannot_be(tmp_path, line, said):
 def test_only_unigram_knows_other_ways(tmp_path):
     train(TEXTS[:1], 400).save(tmp_path / "t.json")
     assert b"unigram" in run("encode", "--tokenizer", tmp_path / "t.json", "a", "--n-best", 2, code=2).stderr
-    for bad in ("--n-best", 0), ("--sample", "nan"), ("--sample", -1):
+    for bad in ("--n-best", 0), ("--sample", "nan"), ("--sample", -1), ("--n-best", 2, "--sample", 1), ("--n-best", 2, "--special", "all"):
         assert bad[0].encode() in run("encode", "--tokenizer", tmp_path / "t.json", "a", *bad, code=2).stderr

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import model
 import numpy as np
 import pytest
 from conftest import ROOT, script
@@ -263,7 +264,60 @@ def test_weights_of_a_mixture(tmp_path):
         assert "--weight" in prepare(tmp_path, *inputs, *options, code=2)[1]
 
 
+def test_a_source_without_a_small_enough_document_is_no_source_left_out(tmp_path):
+    write_lines(tmp_path / "a.jsonl", make_texts(1, 1, 2000))
+    write_lines(tmp_path / "b.jsonl", make_texts(40, 2))
+    told = prepare(tmp_path, "a.jsonl", "b.jsonl", "--weight", "a=0.02", "--weight", "b=0.98", code=2)[1]
+    assert "no document of a is as small" in told
+    told = prepare(tmp_path, "a.jsonl", "--weight", "a=1", "--weight", "a=2", code=2)[1]
+    assert "a has one already" in told
+
+
+def test_equal_halves_of_one_document_are_two_splits(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXTS[0][:3000] * 2)
+    meta, _ = prepare(tmp_path, "a.txt", "--val-fraction", 0.5)
+    assert {split["bytes"] for split in meta["splits"].values()} == {3000}
+    assert documents_of(tmp_path / "d", "train") == documents_of(tmp_path / "d", "val")
+    (tmp_path / "b.txt").write_text("b")
+    assert "one character" in prepare(tmp_path, "b.txt", code=2)[1]
+
+
+def test_a_tokenizers_settings_go_into_the_data_and_on_into_a_checkpoint(tmp_path):
+    """Names of tokens and chat template, which a tokenizer.json does not hold."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(9)))
+    run("train", "--input", "a.jsonl", "--output", "t/tokenizer.json", "--vocab-size", 300, "--chat", "llama2", cwd=tmp_path)
+    settings = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "</s>", "rope": 1}))
+    prepare(tmp_path, "a.jsonl", "--tokenizer", "t")
+    template, special, end = tk.CHAT_FORMATS["llama2"]
+    for folder in ("d", "checkpoint"):
+        ours = tk.Tokenizer.load(tmp_path / folder)
+        assert ours.names["eos_token"] == "</s>" and ours.chat_template == template
+        if folder == "d":
+            files = model.checkpoint_files(model.PRESETS["nano"], tmp_path / "d" / "tokenizer.json")
+            (tmp_path / "checkpoint").mkdir()
+            for name, text in files.items():
+                (tmp_path / "checkpoint" / name).write_text(text)
+    prepare(tmp_path, "a.jsonl")  # with another tokenizer they go
+    assert not (tmp_path / "d" / "tokenizer_config.json").exists()
+    args = ["train", "--input", "a.jsonl", "--output", "t/tokenizer.json", "--vocab-size", 300]
+    run(*args, "--overwrite", cwd=tmp_path)
+    assert not (tmp_path / "t" / "tokenizer_config.json").exists()
+    (tmp_path / "t" / "tokenizer.json").unlink()
+    (tmp_path / "t" / "tokenizer_config.json").write_text("{}")
+    assert b"another tokenizer" in run(*args, code=2, cwd=tmp_path).stderr
+
+
+def test_the_command_is_written_down_without_folders_of_this_machine(tmp_path):
+    write_lines(tmp_path / "a.jsonl", make_texts(9))
+    meta, _ = prepare(tmp_path, f"b={tmp_path / 'a.jsonl'}", "--special", "/think")
+    assert str(tmp_path) not in meta["command"]
+    assert "prepare b=a.jsonl " in meta["command"] and "--special /think" in meta["command"]
+
+
 @pytest.mark.parametrize("args, said", [
+    (["a.txt", "--quality", "english.txt"], "too few"),
+    (["a.txt", "--language", "english.txt"], "write --language en"),
     (["a.txt", "--near-duplicates", "1.5"], "--near-duplicates 1.5 is out of range"),
     (["a.txt", "--near-duplicates", "0.01"], "--near-duplicates 0.01 is out of range"),
     (["a.txt", "--near-duplicates", "nan"], "--near-duplicates nan is out of range"),
@@ -281,6 +335,7 @@ def test_bad_input_gets_a_sentence(tmp_path, args, said, monkeypatch):
     monkeypatch.setitem(sys.modules, "compression", None)
     (tmp_path / "a.txt").write_text(TEXTS[0])
     (tmp_path / "short.txt").write_text("Ein Fluss.")
+    (tmp_path / "english.txt").write_text(ENGLISH * 8)
     (tmp_path / "latin.txt").write_bytes("été".encode("latin-1"))
     (tmp_path / "a.jsonl.zst").write_bytes(b"(\xb5/\xfd")
     assert said in prepare(tmp_path, *args, code=2)[1] and not (tmp_path / "d").exists()
