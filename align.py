@@ -330,13 +330,13 @@ def fits(node: ast.FunctionDef, params: list[str]) -> bool:
     return set(params) <= read and all(any(isinstance(n, VERBS[v]) for n in inside) for v in said)
 
 def words(text: str) -> set[str]:
-    """Split names and text into words of four letters or more, Python's lower-case keywords left out.
+    """Split names and text into words of four letters or more, Python's keywords left out.
 
-    >>> sorted(words("def readLine(file_name): return ..."))
+    >>> sorted(words("def readLine(file_name): return None"))
     ['file', 'line', 'name', 'read']
     """
     found = {w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", text) if len(w) > 3}
-    return found - set(keyword.kwlist)
+    return found - {w.lower() for w in keyword.kwlist}
 
 def agreement(answer: str, author: str, shown: str) -> float:
     """Compute the F-score of an answer's words against its author's; words of the prompt do not count.
