@@ -36,8 +36,8 @@ from typing import Annotated
 
 from model import (  # before torch: it says how OpenMP's threads wait
     DTYPES, PRESETS, Cache, Config, Tokens, Transformer, UserError, build_optimizer, check, check_memory,
-    config_to_hf, count_params, is_a, load_model, load_tokenizer, peak_flops, pick_device, pick_dtype,
-    read_metrics, resize, run_app, say, synchronize,
+    config_to_hf, count_params, count_weights, flops_per_token, is_a, load_model, load_tokenizer, peak_flops,
+    pick_device, pick_dtype, read_metrics, resize, run_app, say, synchronize,
 )
 
 import torch
@@ -108,7 +108,7 @@ def read_rate(device: torch.device) -> float:
 def bytes_per_step(config: Config, B: int, T: int, itemsize: int) -> int:
     """Count the bytes read for one token of B texts of length T: all matrices once, and each text's cache."""
     cache = 2 * B * T * config.n_layer * config.n_kv_head * config.head_dim  # keys and values
-    return (config.matrix_params + cache) * itemsize
+    return (count_weights(config)[2] + cache) * itemsize
 
 def plain_attention(q, k, v):
     """Attend causally as on paper, (B, H, T, D) each: all B*H*T*T scores stand in memory, several times."""
@@ -384,7 +384,7 @@ def train(
                 "dtype": NAMES[kind],
                 "ms_per_step": spread(seconds),
                 "tok_per_s": speed,
-                "mfu": speed * config.flops_per_token() / peak,
+                "mfu": speed * flops_per_token(config) / peak,
                 "speedup": base / median(seconds),
             })
     facts = {"params": count_params(config)[0], "batch": batch, "seq_len": config.seq_len}

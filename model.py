@@ -94,10 +94,34 @@ class Config:
     head: str = "lm"  # or "score": one number a token, for a reward model or a critic
     eos_id: int | tuple[int, ...] | None = None  # one id that ends a text, or several
     pad_id: int | None = None
+    # what sets the open families apart: see FAMILIES
+    position: str = "rope"  # or "learned" (a vector a place), "alibi" (a penalty for distance), "none"
+    rope_scaling: dict = ()  # how the rotation is slowed down, as config.json says it: see `slow_down`
+    rope_dim: int | None = None  # so many numbers of a head are rotated; None: all
+    rope_local_theta: float | None = None  # of the layers that have a window, without rope_scaling
+    global_tokens: int = 0  # so many first tokens of a text stay visible beyond any window
+    norm: str = "rms"  # or "layer": LayerNorm, with a bias
+    norm_plus_one: bool = False  # RMSNorm multiplies by 1 + weight
+    post_norm: bool = False  # further norms behind attention and behind the feed-forward network
+    parallel_block: bool = False  # attention and feed-forward network read the same norm and are added
+    act: str = "silu"  # see ACTIVATIONS
+    gated: bool = True  # False: a feed-forward network of two matrices, down(act(up))
+    o_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    scale_embedding: bool = False  # by sqrt(n_embd)
+    attn_scalar: float | None = None  # scores are divided by its root; None: of head_dim
+    attn_cap: float | None = None  # scores s become cap * tanh(s / cap)
+    logit_cap: float | None = None
+    kv_rank: int | None = None  # multi-head latent attention: the width of what is cached of a token
+    q_rank: int | None = None  # None: queries are made in one step
+    nope_dim: int = 0  # of a latent head's key, not rotated; with rope_dim it makes up head_dim
+    v_dim: int = 0  # width of a latent head's value
     # experts in the place of the feed-forward networks: see moe.py
     n_expert: int = 0  # 0: every layer is dense
     n_expert_active: int = 2  # experts that a token goes to
     n_expert_shared: int = 0  # experts that every token goes to, as one network so many times as wide
+    shared_gate: bool = False  # what they say is weighed by a sigmoid of the token
     expert_dim: int = 512  # feed-forward width of one expert
     dense_layers: tuple[int, ...] = ()  # layers that keep a network without experts
     router: str = "softmax"  # over all experts, or "sigmoid" of each
@@ -116,6 +140,14 @@ class Config:
     def __post_init__(self):
         for name in self.__dataclass_fields__:
             check_field(name, getattr(self, name))
+        if self.kv_rank:
+            object.__setattr__(self, "head_dim", self.nope_dim + (self.rope_dim or 0))
+        how = dict(check_scaling(self.rope_scaling))
+        if how.get("rope_type") == "ntk":  # the slowest pair by the factor, the fastest not at all: a larger theta
+            R = self.rope_dim or self.head_dim
+            object.__setattr__(self, "rope_theta", self.rope_theta * how.pop("factor") ** (R / (R - 2)))
+            how = {}
+        object.__setattr__(self, "rope_scaling", tuple(how.items()))
         window = self.window if isinstance(self.window, (tuple, list)) else [self.window]
         window = tuple(window) * (self.n_layer if len(window) == 1 else 1)  # one number serves all layers
         object.__setattr__(self, "window", () if set(window) == {None} else window)
@@ -124,8 +156,12 @@ class Config:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check(self.n_head % self.n_kv_head == 0,
               f"{self.n_head} heads cannot share {self.n_kv_head} key-value heads evenly.")
-        check(self.head in ("lm", "score"), f"A model ends in a head of kind lm or score, not {self.head!r}.")
-        check(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; RoPE rotates pairs: choose an even one.")
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            check(value in known, f"{name} is one of {', '.join(known)}; not {value!r}.")
+        rotated = self.rope_dim or self.head_dim
+        check(rotated % 2 == 0, f"head_dim is {rotated}; RoPE rotates pairs: choose an even one.")
+        check(rotated <= self.head_dim, f"rope_dim {rotated} is more than the {self.head_dim} of a head.")
         check(len(window) in (0, self.n_layer), f"{len(window)} windows do not serve {self.n_layer} layers.")
         check(self.dropout < 1, f"dropout is {self.dropout}; it is a share, from 0 up to, not with, 1.")
 
@@ -142,32 +178,20 @@ class Config:
         """Give all ids that end a text."""
         return set(self.eos_id) if isinstance(self.eos_id, tuple) else {self.eos_id} - {None}
 
-    def is_sparse(self, layer: int) -> bool:
-        return self.n_expert > 0 and layer not in self.dense_layers
+    @property
+    def cached(self) -> tuple[int, int, int]:
+        """Give what a layer keeps of a token: heads, and the widths of a head's two parts, key and value."""
+        latent = (1, self.kv_rank, self.rope_dim)  # MLA: what keys and values are made of, and a key's rest
+        return latent if self.kv_rank else (self.n_kv_head, self.head_dim, self.head_dim)
 
     @property
-    def matrix_params(self) -> int:
-        """Count the weights that multiply a token: layers and output matrix (the lookup is free)."""
-        attention = self.n_embd * self.head_dim * 2 * (self.n_head + self.n_kv_head)
-        dense = 3 * self.n_embd * self.ffn_dim
-        used = self.n_expert_active + self.n_expert_shared
-        experts = self.n_embd * (3 * self.expert_dim * used + self.n_expert)  # and their router
-        total = self.n_embd * (self.vocab_size if self.head == "lm" else 1)
-        return total + sum(attention + (experts if self.is_sparse(i) else dense) for i in range(self.n_layer))
+    def rereads_at(self) -> int | None:
+        """Give the place in a text at which what was cached of it is worth nothing: LongRoPE turns otherwise."""
+        how = dict(self.rope_scaling)
+        return how["original_max_position_embeddings"] if how.get("rope_type") == "longrope" else None
 
-    def flops_per_token(self, T: int | None = None) -> float:
-        """Count the operations of forward and backward for one token at context T.
-
-        6 for each weight that multiplies it (2 forward, 4 backward), and 12 D H a layer for each key it sees.
-        A causal token sees (T+1)/2 keys on average: work that a mask throws away is not counted, nor what
-        recomputation adds, so this is the numerator of MFU and not of HFU.
-        """
-        T = T or self.seq_len
-        pairs = 0  # of a query and a key that it sees, in all layers
-        for w in (min(w or T, T) for w in self.windows):
-            causal = w * (w + 1) / 2 + (T - w) * w  # the first w tokens see 1, 2 .. w keys, the rest see w
-            pairs += causal if self.causal else 2 * causal - T
-        return 6.0 * self.matrix_params + 12.0 * self.n_head * self.head_dim * pairs / T
+    def is_sparse(self, layer: int) -> bool:
+        return self.n_expert > 0 and layer not in self.dense_layers
 
 class Linear(nn.Linear):
     """Keep a matrix in the precision of training (float32) and multiply in the precision of the input."""
@@ -179,39 +203,46 @@ class Linear(nn.Linear):
 class RMSNorm(nn.Module):
     """Compute x / sqrt(mean(x^2) + eps) * weight over the last dimension (1910.07467, eq. 4)."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float, plus_one: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
+        self.plus_one = plus_one  # Gemma's way: the weight is what is added to one
 
     def forward(self, x):
+        if self.plus_one:
+            return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
         weight = self.weight.to(x.dtype)
         if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return RMSNormCPU.apply(x, weight, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
-def rope_angles(positions, head_dim: int, theta: float):
-    """Compute cos and sin of position * theta^(-2i/D) for each pair i (2104.09864, eq. 15).
+def rope_angles(positions, frequencies, factor: float = 1.0):
+    """Compute cos and sin of position * frequency for each pair (2104.09864, eq. 15).
 
-    positions (T,) or (B, T) -> two (..., T, 1, D/2), float32: bfloat16 would be off by 256 at 100,000.
+    positions (T,) or (B, T), (R/2,) -> two (..., T, 1, R/2), float32: bfloat16 would be off by 256 at 1e5.
     """
-    i = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    angles = positions.float().unsqueeze(-1) * theta ** (-i / head_dim)
-    return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
+    angles = positions.float().unsqueeze(-1) * frequencies
+    cos, sin = angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 def apply_rope(x, cos, sin):  # (B, T, H, D) -> (B, T, H, D)
-    """Rotate the pairs (x_i, x_{i+D/2}) by their angles, in float32 (2104.09864, eq. 34).
+    """Rotate the pairs (x_i, x_{i+R/2}) by their angles, in float32 (2104.09864, eq. 34).
 
-    Hugging Face pairs the halves, the paper neighbours: the same but for the order of q's and k's rows.
+    The first R numbers of a head are rotated, all of them in most families. Hugging Face pairs the halves,
+    the paper neighbours: the same but for the order of q's and k's rows.
     """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    R = 2 * cos.shape[-1]
+    a, b = x[..., :R].chunk(2, dim=-1)
+    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return rotated if R == x.shape[-1] else torch.cat((rotated, x[..., R:]), dim=-1)
 
-def visible(q_pos, k_pos, q_doc=None, k_doc=None, q_trunk=None, *, causal=True, window=None):
+def visible(q_pos, k_pos, q_doc=None, k_doc=None, q_trunk=None, *, causal=True, window=None, n_global=0):
     """Decide THE mask: may the query at q_pos look at the key at k_pos?
 
     q_pos (..., T), k_pos (..., S) -> bool (..., T, S). A slot at position -1 is empty. With documents a query
-    sees the keys of its own, and of its trunk: a document that several others go on from.
+    sees the keys of its own, and of its trunk: a document that several others go on from. The first n_global
+    tokens are seen beyond the window, too.
 
     >>> visible(torch.arange(3), torch.arange(3), window=2).int().tolist()
     [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
@@ -221,7 +252,8 @@ def visible(q_pos, k_pos, q_doc=None, k_doc=None, q_trunk=None, *, causal=True, 
     if causal:
         mask = mask & (distance >= 0)
     if window is not None:
-        mask = mask & (distance < window) & (distance > -window)
+        near = (distance < window) & (distance > -window)
+        mask = mask & (near if not n_global else near | (k_pos < n_global).unsqueeze(-2))
     if q_doc is not None:
         same = q_doc.unsqueeze(-1) == k_doc.unsqueeze(-2)
         if q_trunk is not None:
@@ -229,21 +261,26 @@ def visible(q_pos, k_pos, q_doc=None, k_doc=None, q_trunk=None, *, causal=True, 
         mask = mask & same
     return mask
 
-def attend(q, k, v, mask=None):
-    """Compute softmax(q k^T / sqrt(D)) v: the one place that picks a kernel.
+def attend(q, k, v, mask=None, scale=None, cap=None):
+    """Compute softmax(q k^T * scale) v: the one place that picks a kernel.
 
-    q (B, H, T, D), k and v (B, K, S, D) with K dividing H; mask None (all), "causal" or bool (B or 1, T, S).
+    q (B, H, T, D), k (B, K, S, D) and v (B, K, S, E) with K dividing H -> (B, H, T, E). mask: None (all),
+    "causal", bool (B or 1, T, S), or float (B or 1, H, T, S), which is added. scale: D^-0.5 unless given.
     """
+    if cap is not None:
+        return attend_capped(q, k, v, mask, scale or q.shape[-1] ** -0.5, cap)
     few = q.shape[2] == 1 or k.shape[2] <= CPU_SHORT
-    if few and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return attend_on_cpu(q, k, v, mask)
+    added = isinstance(mask, torch.Tensor) and mask.dim() == 4
+    if few and q.device.type == "cpu" and q.dtype == torch.bfloat16 and not added:
+        return attend_on_cpu(q, k, v, mask, scale or q.shape[-1] ** -0.5)
     gqa = q.shape[1] != k.shape[1]
     if gqa and isinstance(mask, torch.Tensor) and q.is_cuda:  # its fast kernel with a mask knows no groups
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     if isinstance(mask, str):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    mask = None if mask is None else mask.unsqueeze(1)  # (B or 1, 1, T, S)
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=gqa)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+    if mask is not None:
+        mask = mask.to(q.dtype) if added else mask.unsqueeze(1)  # (B or 1, 1 or H, T, S)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=gqa)
 
 class Attention(nn.Module):
     """Let each token read earlier ones: H query heads share K heads of keys and values (2305.13245)."""
@@ -253,12 +290,14 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = D = config.head_dim
         C, H, K = config.n_embd, config.n_head, config.n_kv_head
+        self.scale = None if config.attn_scalar is None else config.attn_scalar**-0.5
+        self.cap = config.attn_cap
         self.q_proj = Linear(C, H * D, bias=config.qkv_bias)
         self.k_proj = Linear(C, K * D, bias=config.qkv_bias)
         self.v_proj = Linear(C, K * D, bias=config.qkv_bias)
-        self.o_proj = Linear(H * D, C, bias=False)
-        self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.o_proj = Linear(H * D, C, bias=config.o_bias)
+        self.q_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, mask=None, cache=None):
         B, T, _ = x.shape
@@ -266,25 +305,28 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H, D)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
-        q = apply_rope(q, cos, sin).transpose(1, 2)  # (B, H, T, D)
-        k = apply_rope(k, cos, sin).transpose(1, 2)  # (B, K, T, D)
-        v = v.transpose(1, 2)
+        if cos is not None:
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D), (B, K, T, D) twice
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
-        y = attend(q, k, v, mask)  # (B, H, T, D)
+        y = attend(q, k, v, mask, self.scale, self.cap)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 class MLP(nn.Module):
-    """Compute SwiGLU: down(silu(gate(x)) * up(x)) (2002.05202, eq. 6)."""
+    """Compute SwiGLU, down(silu(gate(x)) * up(x)) (2002.05202, eq. 6), or as the config says without a gate."""
 
-    def __init__(self, n_embd: int, ffn_dim: int):
+    def __init__(self, config: Config, width: int):
         super().__init__()
-        self.gate_proj = Linear(n_embd, ffn_dim, bias=False)
-        self.up_proj = Linear(n_embd, ffn_dim, bias=False)
-        self.down_proj = Linear(ffn_dim, n_embd, bias=False)
+        self.act = ACTIVATIONS[config.act]
+        self.gate_proj = Linear(config.n_embd, width, bias=config.mlp_bias) if config.gated else None
+        self.up_proj = Linear(config.n_embd, width, bias=config.mlp_bias)
+        self.down_proj = Linear(width, config.n_embd, bias=config.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_proj is None:
+            return self.down_proj(self.act(self.up_proj(x)))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 def load_moe():
     """Open the door to moe.py, which only a config with experts does."""
@@ -303,32 +345,26 @@ class Block(nn.Module):
         self.layer = layer
         self.sparse = config.is_sparse(layer)
         self.dropout = config.dropout
-        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = load_moe().MoE(config) if self.sparse else MLP(config.n_embd, config.ffn_dim)
+        self.parallel = config.parallel_block
+        self.input_layernorm = make_norm(config, config.n_embd)
+        self.self_attn = (LatentAttention if config.kv_rank else Attention)(config, layer)
+        if not self.parallel:
+            self.post_attention_layernorm = make_norm(config, config.n_embd)
+        self.mlp = load_moe().MoE(config) if self.sparse else MLP(config, config.ffn_dim)
+        self.attn_out_norm = make_norm(config, config.n_embd) if config.post_norm else nn.Identity()
+        self.mlp_out_norm = make_norm(config, config.n_embd) if config.post_norm else nn.Identity()
 
     def forward(self, x, aux, cos, sin, mask=None, cache=None, dtype=None):
         """dtype: of the products; the residual stream x keeps its own, float32 in training."""
-        y = self.self_attn(self.input_layernorm(x).to(dtype), cos, sin, mask, cache)
+        read = self.input_layernorm(x).to(dtype)
+        y = self.attn_out_norm(self.self_attn(read, cos, sin, mask, cache))
         x = x + drop(y, self.dropout, self.training)
-        y = self.mlp(self.post_attention_layernorm(x).to(dtype))
+        y = self.mlp(read if self.parallel else self.post_attention_layernorm(x).to(dtype))
         if self.sparse:
             y, row = y
             # a new tensor, nothing written in place: a block that is computed again would write twice
             aux = torch.cat((aux[: self.layer], row[None], aux[self.layer + 1 :]))
-        return x + drop(y, self.dropout, self.training), aux
-
-def drop(x, p: float, training: bool):
-    """Apply dropout whose mask is drawn once a sequence and channel, (B, 1, C), and held over all positions.
-
-    T times fewer random numbers than the usual form, which on CPU cost as much as the layer itself
-    (Gal & Ghahramani 2016, 1512.05287, draw it so for recurrent networks).
-    """
-    if p == 0.0 or not training:
-        return x
-    keep = torch.rand(x.shape[0], 1, x.shape[-1], device=x.device) >= p
-    return x * (keep / (1 - p)).to(x.dtype)
+        return x + drop(self.mlp_out_norm(y), self.dropout, self.training), aux
 
 class Transformer(nn.Module):
     """Hold the decoder. Modules carry Hugging Face's names, so a checkpoint needs no renaming.
@@ -349,14 +385,16 @@ class Transformer(nn.Module):
         self.recompute = False  # keep only each block's input, and compute the rest again
         if self.first or (config.tie and self.last and config.head == "lm"):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        if self.first and config.position == "learned":
+            self.embed_positions = nn.Embedding(config.seq_len, config.n_embd)
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in layers})
         if not self.last:
             return
-        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.norm = make_norm(config, config.n_embd)
         if config.head == "score":
             self.score = Linear(config.n_embd, 1, bias=False)
             return
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Head(config)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -388,14 +426,16 @@ class Transformer(nn.Module):
             cache.claim(positions)
         masks = self.masks(positions, doc_ids, trunk_ids, cache, T)
         if self.first:
-            x = self.embed_tokens(x)  # (B, T, C)
+            x = self.embed(x, positions)  # (B, T, C)
         dtype = self.compute_dtype or x.dtype
-        cos, sin = rope_angles(positions, c.head_dim, c.rope_theta)
+        angles = self.angles(positions)
         if aux is None:
             columns = len(AUX) + c.n_expert if c.n_expert else 1
             aux = x.new_zeros((c.n_layer, columns), dtype=torch.float32)
         for i, block in self.layers.items():
-            x, aux = self.run_block(block, x, aux, cos, sin, masks[c.windows[int(i)]], cache, dtype)
+            window = c.windows[int(i)]
+            cos, sin = angles[window is not None and c.rope_local_theta is not None]
+            x, aux = self.run_block(block, x, aux, cos, sin, masks[window], cache, dtype)
         if not self.last:
             return x, aux
         if output == "last":
@@ -411,6 +451,24 @@ class Transformer(nn.Module):
             return self.lm_head(x), aux
         return token_losses(x, self.lm_head, targets, c.vocab_size), aux
 
+    def embed(self, ids, positions):  # (B, T) -> (B, T, C)
+        """Look up the tokens, and their places where these are learned."""
+        c = self.config
+        x = self.embed_tokens(ids)
+        if c.scale_embedding:
+            x = x * torch.tensor(math.sqrt(c.n_embd), dtype=x.dtype)  # rounded as the weights are, as in Gemma
+        if c.position == "learned":
+            x = x + self.embed_positions(positions.clamp(min=0))
+        return x
+
+    def angles(self, positions) -> dict:
+        """Compute (cos, sin) for the layers of the whole context (False) and for those with a window (True)."""
+        if self.config.position != "rope":
+            return dict.fromkeys((False, True), (None, None))
+        kinds = {False, self.config.rope_local_theta is not None}
+        frequencies = {kind: rope_frequencies(self.config, positions, kind) for kind in kinds}
+        return {kind: rope_angles(positions, *found) for kind, found in frequencies.items()}
+
     def run_block(self, block, *args):
         """Run a block; while training and with `recompute`, keep only its input for the backward pass."""
         if args[-2] is not None:  # with a cache every length is new: a compiled block would be compiled anew
@@ -421,9 +479,10 @@ class Transformer(nn.Module):
 
     def masks(self, positions, doc_ids, trunk_ids, cache, T) -> dict:
         """Make the mask of each window size in use, once for all layers that share it."""
-        causal = self.config.causal
+        causal, n_global = self.config.causal, self.config.global_tokens
+        alibi = self.config.position == "alibi"
         S = T if cache is None else cache.n
-        plain = doc_ids is None and positions.dim() == 1 and (cache is None or not cache.ragged)
+        plain = doc_ids is None and positions.dim() == 1 and (cache is None or not cache.ragged) and not alibi
         masks = {}
         for window in set(self.config.windows):
             sees_all = plain and (window is None or S <= window)
@@ -433,10 +492,13 @@ class Transformer(nn.Module):
                 masks[window] = "causal"
             else:
                 k_pos = positions if cache is None else cache.positions[:, : cache.span]
-                mask = visible(positions, k_pos, doc_ids, doc_ids, trunk_ids, causal=causal, window=window)
+                near = [w for w in (window, cache and cache.window) if w is not None]
+                mask = visible(positions, k_pos, doc_ids, doc_ids, trunk_ids, causal=causal,
+                               window=min(near, default=None), n_global=n_global)
                 if positions.dim() == 2:  # a softmax over nothing is NaN: let padding see all
                     mask = mask | (positions < 0).unsqueeze(-1)
-                masks[window] = mask if mask.dim() == 3 else mask.unsqueeze(0)  # (B or 1, T, S)
+                mask = mask if mask.dim() == 3 else mask.unsqueeze(0)  # (B or 1, T, S)
+                masks[window] = alibi_bias(mask, positions, k_pos, self.config.n_head) if alibi else mask
         return masks
 
     def compile_blocks(self) -> None:
@@ -454,10 +516,10 @@ class Transformer(nn.Module):
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
+                p.fill_(0.0 if name.endswith("bias") or self.config.norm_plus_one else 1.0)
                 continue
             generator = torch.Generator().manual_seed(seed_of(seed, name))
-            std = 0.02 if "embed_tokens" in name or "lm_head" in name else p.shape[1] ** -0.5
+            std = 0.02 if "embed_" in name or "lm_head" in name else p.shape[1] ** -0.5
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 std /= math.sqrt(2 * self.config.n_layer)
             fill(p, torch.randn(p.shape, generator=generator) * std)
@@ -479,6 +541,17 @@ def seed_of(*parts) -> int:
     """Make a 63-bit seed from anything printable, the same in every process and on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
+def drop(x, p: float, training: bool):
+    """Apply dropout whose mask is drawn once a sequence and channel, (B, 1, C), and held over all positions.
+
+    T times fewer random numbers than the usual form, which on CPU cost as much as the layer itself
+    (Gal & Ghahramani 2016, 1512.05287, draw it so for recurrent networks).
+    """
+    if p == 0.0 or not training:
+        return x
+    keep = torch.rand(x.shape[0], 1, x.shape[-1], device=x.device) >= p
+    return x * (keep / (1 - p)).to(x.dtype)
+
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**26}  # logits that stand in memory at once: 16 MB fit a CPU's cache
 KEEP_LOGITS = 2**27  # beyond this many in all, they are computed again in the backward pass instead of kept
 
@@ -499,13 +572,255 @@ def token_losses(hidden, head: nn.Module, targets, V: int):
     losses = [step(*part) for part in zip(x.split(rows), t.split(rows), strict=True)]
     return torch.cat(losses).view(targets.shape)
 
-def count_params(config: Config) -> tuple[int, int]:
-    """Count all parameters, and those that one token meets, on the meta device: nothing is allocated."""
+@functools.lru_cache
+def count_weights(config: Config) -> tuple[int, int, int]:
+    """Count all parameters, those that one token meets, and those that multiply it, on the meta device.
+
+    One block of each kind is built there, which allocates nothing. What only is looked up multiplies nothing.
+    """
+    c = config
+    ends = c.replace(n_layer=1, window=c.windows[:1], dense_layers=(), n_expert=0)
+    kinds = {}
     with torch.device("meta"):
-        total = sum(p.numel() for p in Transformer(config).parameters())
-    sparse = sum(config.is_sparse(layer) for layer in range(config.n_layer))
-    idle = sparse * max(0, config.n_expert - config.n_expert_active)
-    return total, total - idle * 3 * config.n_embd * config.expert_dim
+        total = sum(p.numel() for n, p in Transformer(ends).named_parameters() if not n.startswith("layers."))
+        for i in range(c.n_layer):
+            if c.is_sparse(i) not in kinds:
+                kinds[c.is_sparse(i)] = list(Block(c, i).named_parameters())
+    active = total
+    products = c.n_embd * (c.vocab_size if c.head == "lm" else 1)
+    for i in range(c.n_layer):
+        for name, p in kinds[c.is_sparse(i)]:
+            met = p.numel() * (c.n_expert_active / c.n_expert if ".experts." in name else 1)
+            total += p.numel()
+            active += met
+            products += met * (p.dim() > 1)
+    return total, round(active), round(products)
+
+def count_params(config: Config) -> tuple[int, int]:
+    """Count all parameters, and those that one token meets."""
+    return count_weights(config)[:2]
+
+def flops_per_token(config: Config, T: int | None = None) -> float:
+    """Count the operations of forward and backward for one token at context T.
+
+    6 for each weight that multiplies it (2 forward, 4 backward), and 12 D H a layer for each key it sees.
+    A causal token sees (T+1)/2 keys on average: work that a mask throws away is not counted, nor what
+    recomputation adds, so this is the numerator of MFU and not of HFU.
+    """
+    T = T or config.seq_len
+    pairs = 0  # of a query and a key that it sees, in all layers
+    for w in (min(w or T, T) for w in config.windows):
+        causal = w * (w + 1) / 2 + (T - w) * w  # the first w tokens see 1, 2 .. w keys, the rest see w
+        pairs += causal if config.causal else 2 * causal - T
+    widths = config.head_dim + (config.v_dim or config.head_dim)
+    return 6.0 * count_weights(config)[2] + 6.0 * config.n_head * widths * pairs / T
+
+# ---- Further parts, which some families have ----
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu,
+               "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh")}
+ACTIVATIONS["gelu_new"] = ACTIVATIONS["gelu_pytorch_tanh"]  # GPT-2's name for it
+CHOICES = {"head": ("lm", "score"), "position": ("rope", "learned", "alibi", "none"), "norm": ("rms", "layer"),
+           "act": tuple(ACTIVATIONS)}
+
+class LayerNorm(nn.LayerNorm):
+    """Compute (x - mean(x)) / sqrt(var(x) + eps) * weight + bias (1607.06450, eq. 4)."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+def make_norm(config: Config, dim: int) -> nn.Module:
+    """Make the norm that a config names."""
+    if config.norm == "layer":
+        return LayerNorm(dim, config.norm_eps)
+    return RMSNorm(dim, config.norm_eps, config.norm_plus_one)
+
+class Head(Linear):
+    """Compute the logits, softly kept below a cap where the config has one."""
+
+    def __init__(self, config: Config):
+        super().__init__(config.n_embd, config.vocab_size, bias=config.head_bias)
+        self.cap = config.logit_cap
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+def rope_frequencies(config: Config, positions, local: bool = False):
+    """Compute theta^(-2i/R) of each pair i, slowed down as the config says -> ((R/2,), factor of cos and sin).
+
+    R of a head's numbers are rotated. local: of layers with a window, where these have a theta of their own.
+    """
+    theta = config.rope_local_theta if local else config.rope_theta
+    R = config.rope_dim or config.head_dim
+    i = torch.arange(0, R, 2, dtype=torch.float32, device=positions.device)
+    frequencies = theta ** (-i / R)
+    if local or not config.rope_scaling:
+        return frequencies, 1.0
+    return slow_down(frequencies, positions, config)
+
+def slow_down(frequencies, positions, config: Config):
+    """Slow the rotation down, so that a longer text turns no further -> (frequencies (R/2,), factor).
+
+    linear    all pairs alike: position interpolation (2306.15595)
+    llama3    pairs that make few turns in the original context by `factor`, those that make many not at all
+    yarn      the same with other bounds, and with larger scores (2309.00071, eq. 17, 23 and 22)
+    longrope  each pair by a number that was searched for, another one in long texts (2402.13753)
+    """
+    how = dict(config.rope_scaling)
+    kind, factor = how["rope_type"], how.get("factor")
+    i = torch.arange(len(frequencies), device=frequencies.device)
+    if kind == "linear":
+        return frequencies / factor, 1.0
+    original = how["original_max_position_embeddings"]
+    if kind == "longrope":
+        long = torch.tensor(how["long_factor"], device=i.device)
+        short = torch.tensor(how["short_factor"], device=i.device)
+        ratio = factor or config.seq_len / original
+        usual = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+        last = positions.amax(-1, keepdim=True).unsqueeze(-1)  # of each row
+        by = torch.where(last >= original, long, short)
+        return frequencies / by, how.get("attention_factor") or usual
+    if kind == "llama3":
+        turns = original * frequencies / (2 * math.pi)
+        low, high = how["low_freq_factor"], how["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequencies * kept + frequencies / factor * (1 - kept), 1.0
+
+    R = 2 * len(frequencies)
+
+    def pair_with(turns):  # in the original context
+        return R * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    first, last = pair_with(how.get("beta_fast") or 32), pair_with(how.get("beta_slow") or 1)
+    if how.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, R - 1)
+    kept = 1 - ((i - first) / max(last - first, 0.001)).clamp(0, 1)
+    larger = yarn_factor(how, "mscale") / yarn_factor(how, "mscale_all_dim")
+    if not (how.get("mscale") and how.get("mscale_all_dim")):
+        larger = yarn_factor(how)
+    return frequencies * kept + frequencies / factor * (1 - kept), how.get("attention_factor") or larger
+
+def yarn_factor(how: dict, weight: str | None = None) -> float:
+    """Compute YaRN's sqrt(1/t) = 0.1 ln(factor) + 1 (eq. 22), its first term times a weight that is named."""
+    weight = how.get(weight, 0.0) if weight else 1.0
+    return 0.1 * weight * math.log(how["factor"]) + 1.0 if how["factor"] > 1 else 1.0
+
+# What rope_scaling has to say for each type, and what it may say.
+SCALING = {
+    "linear": (("factor",), ()), "ntk": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (("factor", "original_max_position_embeddings"),
+             ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")),
+    "longrope": (("short_factor", "long_factor", "original_max_position_embeddings"),
+                 ("factor", "attention_factor")),
+}
+
+def check_scaling(how) -> tuple:
+    """Refuse a rope_scaling that is not known or not complete -> ((name, value), ...), which can be hashed."""
+    try:
+        how = {name: tuple(x) if isinstance(x, list) else x for name, x in dict(how).items() if x is not None}
+    except (TypeError, ValueError):
+        raise UserError(f"rope_scaling is {how!r:.60}; it has to be an object.") from None
+    if how.get("rope_type", "default") == "default":
+        return ()
+    kind = how["rope_type"]
+    check(kind in list(SCALING), f"Rotary positions of type {kind!r:.40} are not supported; those of type "
+          f"{', '.join(SCALING)} are.")
+    needed, free = SCALING[kind]
+    lacks = [name for name in needed if name not in how]
+    odd = [name for name in how if name not in (*needed, *free, "rope_type")]
+    check(not lacks and not odd, f"rope_scaling of type {kind} has no use for {', '.join(odd)}." if odd else
+          f"rope_scaling of type {kind} does not say {', '.join(lacks)}.")
+    for name in how.keys() - {"rope_type", "truncate"}:
+        values = how[name] if isinstance(how[name], tuple) else (how[name],)
+        fine = all(is_a(x, float) and x > 0 for x in values) and isinstance(how[name], tuple) == (
+            name in ("short_factor", "long_factor"))
+        check(fine, f"rope_scaling says {name} {how[name]!r:.60}; it has to be positive.")
+    return tuple(sorted(how.items()))
+
+def alibi_slopes(H: int) -> list[float]:
+    """Give the slopes 2^(-8/H), 2^(-16/H), ... of H heads (2108.12409, 3).
+
+    Where H is no power of two: those of the power below, then every other one of the power above.
+
+    >>> alibi_slopes(8)[:2], [round(x, 3) for x in alibi_slopes(3)]
+    ([0.5, 0.25], [0.062, 0.004, 0.25])
+    """
+    power = 2 ** (H.bit_length() - 1)
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    return slopes + (alibi_slopes(2 * power)[0::2][: H - power] if H > power else [])
+
+def alibi_bias(mask, q_pos, k_pos, H: int):
+    """Compute what ALiBi adds to the scores, -slope * distance: bool (B or 1, T, S) -> (B or 1, H, T, S)."""
+    distance = (q_pos.unsqueeze(-1) - k_pos.unsqueeze(-2)).abs()
+    distance = distance if distance.dim() == 3 else distance.unsqueeze(0)
+    slopes = torch.tensor(alibi_slopes(H), device=mask.device).view(1, H, 1, 1)
+    return (-slopes * distance.unsqueeze(1)).masked_fill(~mask.unsqueeze(1), -torch.inf)
+
+def attend_capped(q, k, v, mask, scale: float, cap: float):
+    """Compute attention with scores that stay between -cap and cap: cap * tanh(score / cap) (2408.00118, 2.1)."""
+    T, S, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)
+    scores = cap * torch.tanh(q @ k.transpose(2, 3) * (scale / cap))  # (B, H, T, S)
+    if isinstance(mask, str):
+        mask = torch.ones(1, T, S, dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dim() == 3:
+        scores = scores.masked_fill(~mask.unsqueeze(1), -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+class LatentAttention(nn.Module):
+    """Make keys and values of all heads from one narrow vector a token, which is all that a cache keeps.
+
+    Multi-head latent attention (DeepSeek-V2: 2405.04434, 2.1). The rotated part of a key, R wide, is made apart
+    and shared by the heads. One token with a cache attends to the latent vectors themselves: the matrix that
+    would make keys of them is multiplied to its query, and the one for values to what it finds (below eq. 13).
+    """
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.rank, self.nope, self.rope, self.v = config.kv_rank, config.nope_dim, config.rope_dim, config.v_dim
+        C, H, D = config.n_embd, config.n_head, config.head_dim
+        self.low_rank = config.q_rank is not None
+        if self.low_rank:
+            self.q_a_proj = Linear(C, config.q_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.q_rank, 1e-6)
+            self.q_b_proj = Linear(config.q_rank, H * D, bias=False)
+        else:
+            self.q_proj = Linear(C, H * D, bias=False)
+        self.kv_a_proj_with_mqa = Linear(C, config.kv_rank + self.rope, bias=False)
+        self.kv_a_layernorm = RMSNorm(config.kv_rank, 1e-6)
+        self.kv_b_proj = Linear(config.kv_rank, H * (self.nope + self.v), bias=False)
+        self.o_proj = Linear(H * self.v, C, bias=False)
+        how = dict(config.rope_scaling)
+        self.scale = D**-0.5 * (yarn_factor(how, "mscale_all_dim") ** 2 if how.get("mscale_all_dim") else 1.0)
+
+    def forward(self, x, cos, sin, mask=None, cache=None):
+        B, T, _ = x.shape
+        parts = (self.nope, self.rope)
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.low_rank else self.q_proj(x)
+        q, q_rope = q.view(B, T, -1, sum(parts)).transpose(1, 2).split(parts, -1)  # (B, H, T, nope), (.., R)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).unsqueeze(1).split((self.rank, self.rope), -1)
+        latent = self.kv_a_layernorm(latent)  # (B, 1, T, rank)
+        q_rope, k_rope = (apply_rope(y.transpose(1, 2), cos, sin).transpose(1, 2) for y in (q_rope, k_rope))
+        if cache is not None:
+            latent, k_rope = cache.update(self.layer, latent, k_rope)  # (B, 1, S, rank), (B, 1, S, R)
+        if cache is not None and T == 1 and type(self.kv_b_proj) is Linear:  # H queries share one wide key
+            up = self.kv_b_proj.weight.to(x.dtype).view(-1, self.nope + self.v, self.rank)
+            up_k, up_v = up.split((self.nope, self.v), 1)  # (H, nope, rank), (H, v, rank)
+            q, k, v = q @ up_k, latent, latent
+        else:
+            kv = self.kv_b_proj(latent).view(B, latent.shape[2], -1, self.nope + self.v).transpose(1, 2)
+            k, v = kv.split((self.nope, self.v), -1)  # (B, H, S, nope), (B, H, S, v)
+            k_rope = k_rope.expand(-1, k.shape[1], -1, -1)
+            up_v = None
+        y = attend(torch.cat((q, q_rope), -1), torch.cat((k, k_rope), -1), v, mask, self.scale)
+        y = y if up_v is None else y @ up_v.transpose(1, 2)  # (B, H, T, v)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 class Cache:
     """Keep the keys and values of all layers for up to `slots` tokens a row, which remember their positions.
@@ -514,10 +829,12 @@ class Cache:
     batch: pad on either side, give the pads position -1. All rows take the same next slots.
     """
 
+    window: int | None = None  # how far back a token sees; sample.py has caches that forget
+
     def __init__(self, config: Config, batch: int, slots: int, device=None, dtype=None):
-        shape = (config.n_layer, batch, config.n_kv_head, slots, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        heads, *widths = config.cached
+        shapes = [(config.n_layer, batch, heads, slots, width) for width in widths]
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for shape in shapes)
         self.positions = torch.full((batch, slots), -1, device=device)
         self.n = 0  # slots in use
         self.ragged = False  # does any row differ from 0, 1, 2 ...?
@@ -575,27 +892,20 @@ def generate(model, prompts, max_new_tokens, pick=greedy, eos_id=(), samples=1, 
     """
     check(prompts and all(prompts), "A prompt needs at least one token: begin with the end-of-text token.")
     model.eval()
-    weight = next(model.parameters())
-    device = weight.device
+    device = next(model.parameters()).device
     stop = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     out = [[] for _ in range(len(prompts) * samples)]
     order = sorted((i for i, n in enumerate(limits) if n > 0), key=lambda i: -len(prompts[i]))
     size = max(1, rows // samples)
     for some in (order[i : i + size] for i in range(0, len(order), size)):
-        # 1. read the prompts; pads stand on the right, where no token of a prompt sees them
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(prompts[i]) for i in some], batch_first=True).to(device)
-        lengths = torch.tensor([len(prompts[i]) for i in some], device=device)
-        B, T = ids.shape
-        cache = Cache(model.config, B, T, device, model.compute_dtype or weight.dtype)
-        logits, _ = model(ids, at=torch.arange(B, device=device) * T + lengths - 1, cache=cache)  # (B, V)
-        cache.positions[cache.positions >= lengths[:, None]] = -1
-        cache.ragged = True
+        # 1. read the prompts
+        logits, positions, cache = read_prompts(model, [prompts[i] for i in some])
         # 2. a row for each sample
         alive = [i * samples + n for i in some for n in range(samples)]  # the text of each row
-        rows_of = torch.arange(B, device=device).repeat_interleave(samples)
+        rows_of = torch.arange(len(some), device=device).repeat_interleave(samples)
         cache.select(rows_of)
-        logits, positions = logits[rows_of], lengths[rows_of, None]
+        logits, positions = logits[rows_of], positions[rows_of]
         ended = set()
         # 3. write a token of each text at a time; a text that has ended leaves the batch
         while True:
@@ -611,11 +921,32 @@ def generate(model, prompts, max_new_tokens, pick=greedy, eos_id=(), samples=1, 
                 alive = [alive[r] for r in going]
                 ids, positions = ids[going], positions[going]
                 cache.select(going)
+            if model.config.rereads_at is not None and (positions == model.config.rereads_at).any():
+                texts = [prompts[t // samples] + out[t] for t in alive]
+                logits, positions, cache = read_prompts(model, texts)
+                continue
             if cache.n == cache.span:
                 cache.grow(32)
             logits = model(ids[:, None], positions=positions, cache=cache, output="last")[0][:, -1]
             positions = positions + 1
     return out
+
+def read_prompts(model, texts: list[list[int]]):
+    """Read texts of unequal lengths at once -> logits of their next tokens (B, V), these' positions, the cache.
+
+    Pads stand on the right, where no token of a text sees them.
+    """
+    weight = next(model.parameters())
+    device = weight.device
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True).to(device)
+    lengths = torch.tensor([len(text) for text in texts], device=device)
+    B, T = ids.shape
+    cache = Cache(model.config, B, T, device, model.compute_dtype or weight.dtype)
+    positions = torch.arange(T, device=device).expand(B, T)
+    positions = positions.masked_fill(positions >= lengths[:, None], -1)
+    logits, _ = model(ids, at=torch.arange(B, device=device) * T + lengths - 1, positions=positions, cache=cache)
+    cache.ragged = True
+    return logits, lengths[:, None], cache
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -640,6 +971,8 @@ def fits(value, declared) -> bool:
 def check_field(name: str, value) -> None:
     """Refuse what a field of Config cannot be: of another kind, or a number that makes no sense."""
     field = Config.__dataclass_fields__[name]
+    if field.type is dict:
+        return  # see check_scaling
     words = {bool: "true or false", str: "a name"}.get(kind_of(field.type), "a positive number")
     check(fits(value, field.type), f"{name} is {value!r}; it has to be {words}.")
     least = 0 if not field.default and name != "window" else 1e-12
@@ -704,17 +1037,20 @@ KEYS = {
     "vocab_size": "vocab_size", "seq_len": "max_position_embeddings", "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
     "head_dim": "head_dim", "ffn_dim": "intermediate_size", "norm_eps": "rms_norm_eps",
-    "tie": "tie_word_embeddings", "eos_id": "eos_token_id", "pad_id": "pad_token_id",
+    "tie": "tie_word_embeddings", "eos_id": "eos_token_id", "pad_id": "pad_token_id", "act": "hidden_act",
 }
 NAMES = list(Config.__dataclass_fields__)
 TRAINING = ("dropout", "balance", "balance_rate", "z_loss", "capacity")  # no checkpoint carries these
 EXPERT_FIELDS = (*NAMES[NAMES.index("n_expert_active") : NAMES.index("dropout")], *TRAINING[1:])
 SCORE = "ForSequenceClassification"  # ends the name of a stock class with a score head
-# Keys of config.json that change what is computed, and the value at which they do not: others are refused.
-NEUTRAL = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None,
-           "partial_rotary_factor": 1, "attn_logit_softcapping": None, "final_logit_softcapping": None,
-           "embedding_multiplier": 1, "residual_multiplier": 1, "attention_multiplier": None,
-           "logits_scaling": 1, "logit_scale": 1, "use_qk_norm": False, "parallel_block": False}
+# Keys of config.json that change what is computed, and the values at which they do not: others are refused,
+# unless the family reads the key.
+NEUTRAL = {"attention_bias": False, "mlp_bias": False, "quantization_config": None, "partial_rotary_factor": 1,
+           "attn_logit_softcapping": None, "final_logit_softcapping": None, "embedding_multiplier": 1,
+           "residual_multiplier": 1, "attention_multiplier": None, "logits_scaling": 1, "logit_scale": 1,
+           "use_qk_norm": False, "qk_layernorm": False, "parallel_block": False, "clip_qkv": None,
+           "use_bidirectional_attention": False, "add_cross_attention": False, "scale_attn_weights": True,
+           "scale_attn_by_inverse_layer_idx": False, "rope_interleave": True}
 
 @dataclass(frozen=True)
 class Family:
@@ -722,109 +1058,272 @@ class Family:
 
     model_type: str
     fixed: dict = dataclasses.field(default_factory=dict)  # fields of Config that its class fixes
-    keys: dict = dataclasses.field(default_factory=dict)  # further fields -> keys of its config.json
+    keys: dict = dataclasses.field(default_factory=dict)  # fields -> keys of its config.json; None: derived
     window: str = "none"  # which windows it can say: "none", "all" (every layer the same) or "any"
+    every: int = 0  # where config.json does not say which layers slide: every so many sees all
     renames: dict = dataclasses.field(default_factory=dict)  # parts of our tensors' names -> of its own
-    derived_head_dim: bool = False  # config.json does not say head_dim: it is n_embd / n_head
+    fused: dict = dataclasses.field(default_factory=dict)  # a matrix on disk -> the ones that stand in it
+    transposed: tuple = ()  # matrices that stand on disk as (in, out)
+    interleaved: bool = False  # on disk RoPE's pairs are neighbours, not halves
+    prefix: str = "model."
+    defaults: dict = dataclasses.field(default_factory=dict)  # what config.json means where it says nothing
+    neutral: dict = dataclasses.field(default_factory=dict)  # more of NEUTRAL; of a tuple any will do
+    ignored: str = "$^"  # tensors in published files that its class does not use: a pattern
     has_score: bool = True  # transformers has its class with a score head
     dense_layers: str = "none"  # which layers may stay dense among experts: "none", "any" or "first" (moe.py)
 
+BIASES = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
+LINEAR_BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+GEMMA = {"norm_plus_one": True, "scale_embedding": True}
+GEMMA_2 = {"tie_word_embeddings": True, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+           "query_pre_attn_scalar": 256, "sliding_window": 4096, "use_sliding_window": True}
+POST_NORMS = {".post_attention_layernorm.": ".pre_feedforward_layernorm.",
+              ".attn_out_norm.": ".post_attention_layernorm.", ".mlp_out_norm.": ".post_feedforward_layernorm."}
+QKV = ("q_proj", "k_proj", "v_proj")
 FAMILIES = {  # those with experts stand in moe.py
-    "LlamaForCausalLM": Family("llama"),
+    "LlamaForCausalLM": Family("llama", {}, BIASES | {"mlp_bias": "mlp_bias"}),
     "MistralForCausalLM": Family("mistral", window="all"),
-    "Qwen2ForCausalLM": Family("qwen2", {"qkv_bias": True}, window="any", derived_head_dim=True),
-    "Qwen3ForCausalLM": Family("qwen3", {"qk_norm": True}, window="any"),
+    "Qwen2ForCausalLM": Family("qwen2", {"qkv_bias": True}, {"head_dim": None}, window="any"),
+    "Qwen3ForCausalLM": Family("qwen3", {"qk_norm": True}, BIASES, window="any"),
+    "GPT2LMHeadModel": Family(
+        "gpt2", LINEAR_BIASES | {"position": "learned", "norm": "layer", "gated": False},
+        {"seq_len": "n_positions", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
+         "ffn_dim": "n_inner", "norm_eps": "layer_norm_epsilon", "act": "activation_function",
+         "n_kv_head": None, "head_dim": None},
+        renames={".embed_tokens.": ".wte.", ".embed_positions.": ".wpe.", ".layers.": ".h.", ".norm.": ".ln_f.",
+                 ".input_layernorm.": ".ln_1.", ".post_attention_layernorm.": ".ln_2.", ".up_proj.": ".c_fc.",
+                 ".self_attn.": ".attn.", ".o_proj.": ".c_proj.", ".down_proj.": ".c_proj."},
+        fused={"c_attn": QKV}, transposed=("c_attn", "c_proj", "c_fc"), prefix="transformer.",
+        defaults={"tie_word_embeddings": True, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
+        ignored=r"\.attn\.(masked_)?bias$", has_score=False),
+    "GemmaForCausalLM": Family(
+        "gemma", GEMMA | {"act": "gelu_pytorch_tanh"}, BIASES,
+        defaults={"tie_word_embeddings": True, "head_dim": 256},
+        neutral={"hidden_act": ("gelu", "gelu_pytorch_tanh"), "hidden_activation": "gelu_pytorch_tanh"}),
+    "Gemma2ForCausalLM": Family(
+        "gemma2", GEMMA | {"post_norm": True},
+        BIASES | {"act": "hidden_activation", "attn_scalar": "query_pre_attn_scalar",
+                  "attn_cap": "attn_logit_softcapping", "logit_cap": "final_logit_softcapping"},
+        window="any", every=2, renames=POST_NORMS,
+        defaults=GEMMA_2 | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}),
+    "Gemma3ForCausalLM": Family(
+        "gemma3_text", GEMMA | {"post_norm": True, "qk_norm": True},
+        BIASES | {"act": "hidden_activation", "attn_scalar": "query_pre_attn_scalar",
+                  "logit_cap": "final_logit_softcapping", "rope_local_theta": "rope_local_base_freq"},
+        window="any", every=6, renames=POST_NORMS,
+        defaults=GEMMA_2 | {"rope_theta": 1e6, "rope_local_base_freq": 1e4}),
+    "PhiForCausalLM": Family(
+        "phi", LINEAR_BIASES | {"norm": "layer", "gated": False, "head_bias": True, "parallel_block": True},
+        {"norm_eps": "layer_norm_eps", "rope_dim": "partial_rotary_factor", "head_dim": None},
+        renames={".o_proj.": ".dense.", ".up_proj.": ".fc1.", ".down_proj.": ".fc2.",
+                 ".norm.": ".final_layernorm."},
+        defaults={"partial_rotary_factor": 0.5, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5}),
+    "Phi3ForCausalLM": Family(
+        "phi3", {}, {"rope_dim": "partial_rotary_factor", "head_dim": None}, window="all",
+        fused={"qkv_proj": QKV, "gate_up_proj": ("gate_proj", "up_proj")}),
 }
+OWN = Family("octavo")
 
 @functools.lru_cache
-def family_of(config: Config) -> tuple[str, Family | None]:
+def family_of(config: Config) -> tuple[str, Family]:
     """Find the stock class that a config exactly is: written as that class and read again it is the same."""
     config = config.replace(**{name: getattr(Config, name) for name in TRAINING})
     if config.n_expert and not config.dense_layers:
         config = config.replace(ffn_dim=config.expert_dim)  # no layer is dense: that width says nothing
     for name, family in (load_moe().FAMILIES if config.n_expert else FAMILIES).items():
-        can_score = family.has_score or config.head == "lm"
-        if can_score and config_from_hf(write_as(config, name, family)) == config:
-            return name, family
-    return ("OctavoForCausalLM" if config.causal else "OctavoForMaskedLM"), None
+        with contextlib.suppress(UserError):  # what this class cannot be
+            can_score = family.has_score or config.head == "lm"
+            if can_score and config_from_hf(write_as(config, name, family)) == config:
+                return name, family
+    return ("OctavoForCausalLM" if config.causal else "OctavoForMaskedLM"), OWN
 
 def config_to_hf(config: Config) -> dict:
     """Write config.json as the stock class that the config exactly is, or as model_type "octavo"."""
     return write_as(config, *family_of(config))
 
-def write_as(config: Config, name: str, family: Family | None) -> dict:
-    """Write a config under the keys of a family, as far as it has some; without a family under our names."""
-    hf = {"architectures": [name], "hidden_act": "silu", "initializer_range": 0.02, "use_cache": True,
-          "dtype": "float32", "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
-    hf |= {key: getattr(config, field) for field, key in KEYS.items()}
+def write_as(config: Config, name: str, family: Family) -> dict:
+    """Write a config under the keys of a family, as far as it has some; our own family has our names."""
+    hf = {"architectures": [name], "initializer_range": 0.02, "use_cache": True, "dtype": "float32",
+          "model_type": family.model_type}
+    hf |= {key: getattr(config, field) for field, key in (KEYS | family.keys).items() if key}
     if config.head == "score":  # transformers counts the scores by their labels
         hf |= {"architectures": [name.partition("For")[0] + SCORE], "id2label": {"0": "LABEL_0"},
                "label2id": {"LABEL_0": 0}}
-    if not family:
+    hf |= rope_to_hf(config, family)
+    if family is OWN:
         own = {field: getattr(config, field) for field in NAMES if field not in (*KEYS, *TRAINING)}
-        return hf | {"model_type": "octavo"} | own
+        return hf | own
     sliding = [w for w in config.windows if w is not None]
-    hf |= {"model_type": family.model_type, "sliding_window": sliding[0] if sliding else None}
+    hf["sliding_window"] = sliding[0] if sliding else None
     if family.window == "any":
         hf["use_sliding_window"] = bool(sliding)
         hf["layer_types"] = ["sliding_attention" if w else "full_attention" for w in config.windows]
-    if config.n_expert:
-        hf |= {key: getattr(config, field) for field, key in family.keys.items()}
-        hf |= load_moe().dense_layers_to_hf(config, family)
+    return hf | (load_moe().experts_to_hf(config, family) if config.n_expert else {})
+
+def rope_to_hf(config: Config, family: Family) -> dict:
+    """Write the rotary positions; `rope_from_hf` reads them."""
+    if config.position != "rope":
+        return {}
+    how = dict(config.rope_scaling)
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta} | how
+    hf = {"rope_parameters": rope}
+    if "original_max_position_embeddings" in how:
+        hf["original_max_position_embeddings"] = how["original_max_position_embeddings"]
+    if "partial_rotary_factor" in family.keys.values():
+        share = (config.rope_dim or config.head_dim) / config.head_dim
+        rope["partial_rotary_factor"] = hf["partial_rotary_factor"] = share
+    if "rope_local_base_freq" in family.keys.values():
+        local = {"rope_type": "default", "rope_theta": config.rope_local_theta}
+        hf["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
     return hf
 
-def config_from_hf(hf: dict) -> Config:
-    """Read the config of a Hugging Face folder; a UserError names what is not supported."""
+def family_named(hf: dict) -> tuple[Family, str]:
+    """Find the family that a config.json names, and the kind of head."""
     name = (hf.get("architectures") or ["?"])[0]
     head = "score" if name.endswith(SCORE) else "lm"
     name = name.replace(SCORE, "ForCausalLM")
+    if hf.get("model_type") == "octavo":
+        return OWN, head
+    families = FAMILIES if name in FAMILIES else FAMILIES | load_moe().FAMILIES
+    check(name in families, f"A {name} cannot be opened; the families are {', '.join(families)}.")
+    return families[name], head
+
+def config_from_hf(hf: dict) -> Config:
+    """Read the config of a Hugging Face folder; a UserError names what is not supported."""
+    family, head = family_named(hf)
     scores = len(hf.get("id2label") or (0, 1))
     check(head == "lm" or scores == 1, f"This model gives {scores} scores to a text; only one is supported.")
-    missing = [KEYS[field] for field in ("vocab_size", "n_layer", "n_head", "n_embd", "ffn_dim")
-               if hf.get(KEYS[field]) is None]
+    keys = KEYS | family.keys
+    hf = family.defaults | hf
+    if keys["ffn_dim"] == "n_inner":  # GPT-2's default
+        hf["n_inner"] = hf.get("n_inner") or 4 * hf.get("n_embd", 0)
+    missing = [keys[field] for field in ("vocab_size", "n_layer", "n_head", "n_embd", "ffn_dim")
+               if hf.get(keys[field]) is None]
     check(not missing, f"config.json does not say {', '.join(missing)}.")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    check(kind == "default", f"Rotary positions of type {kind!r} are not supported yet, only the plain ones.")
-    for key, neutral in NEUTRAL.items():
-        value = (hf | rope).get(key, neutral)
-        check(value in (neutral, None), f"config.json says {key} {value!r:.60}, which is not supported yet.")
-    fields = {field: hf[key] for field, key in KEYS.items() if hf.get(key) is not None}
+    read = {key for field, key in keys.items() if field not in family.fixed}
+    for key, neutral in (NEUTRAL | family.neutral).items():
+        values = neutral if isinstance(neutral, tuple) else (neutral,)
+        value = hf.get(key)
+        check(key in read or value is None or value in values,
+              f"config.json says {key} {value!r:.60}, which is not supported.")
+    fields = {field: hf[key] for field, key in keys.items() if key and hf.get(key) is not None}
     n_layer, heads = fields["n_layer"], fields["n_head"]
+    check(is_a(heads, int) and heads > 0, f"config.json says {keys['n_head']} {heads!r:.60}.")
     fields = {"head": head, "tie": False, "n_kv_head": heads, "head_dim": fields["n_embd"] // heads} | fields
-    fields["rope_theta"] = float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0)))
-    if hf.get("model_type") == "octavo":
+    fields |= rope_from_hf(hf, family, fields)
+    if family is OWN:
         earlier = load_moe().read_earlier(hf["moe"]) if hf.get("moe") else {}
         own = {field: hf[field] for field in NAMES if field in hf and field not in TRAINING}
         return Config(**own | fields | earlier)
-
-    families = FAMILIES if name in FAMILIES else FAMILIES | load_moe().FAMILIES
-    check(name in families, f"A {name} cannot be opened yet; the families are {', '.join(families)}.")
-    family = families[name]
-    if family.derived_head_dim:
-        fields["head_dim"] = fields["n_embd"] // heads
-    experts = load_moe().experts_from_hf(hf, family, n_layer) if family.keys else {}
+    if "n_expert" in keys:
+        fields |= load_moe().experts_from_hf(hf, family, fields)
     window = windows_from_hf(hf, family, n_layer)
-    return Config(**{"qk_norm": False} | family.fixed | fields | {"window": window} | experts)
+    return Config(**{"qk_norm": False} | fields | {"window": window} | family.fixed)
+
+def rope_from_hf(hf: dict, family: Family, fields: dict) -> dict:
+    """Read the rotary positions, which stand in one of three places."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    found = {}
+    if "rope_local_base_freq" in family.keys.values():
+        local = rope.get("sliding_attention") or {}
+        kind = local.get("rope_type", "default")
+        check(kind == "default", f"Rotary positions of type {kind!r} in layers with a window are not supported.")
+        found["rope_local_theta"] = local.get("rope_theta", hf["rope_local_base_freq"])
+        rope = rope.get("full_attention", rope)
+    found["rope_theta"] = rope.get("rope_theta", hf.get("rope_theta", 10_000.0))
+    for name, theta in found.items():
+        check(is_a(theta, float), f"config.json says {name} {theta!r:.60}; it has to be a number.")
+        found[name] = float(theta)
+    share = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1))
+    if "partial_rotary_factor" in family.keys.values():
+        check(is_a(share, float), f"config.json says partial_rotary_factor {share!r:.60}; it has to be a number.")
+        rotated = int(fields["head_dim"] * share)
+        found["rope_dim"] = None if rotated == fields["head_dim"] else rotated
+    else:
+        check(share in (1, None), f"config.json says partial_rotary_factor {share!r:.60}, which is not supported.")
+    kind = rope.get("rope_type", rope.get("type")) or "default"
+    if "short_factor" in rope:  # Phi-3's folders have called it su and yarn
+        kind = "longrope"
+    how = {name: value for name, value in rope.items() if name not in ("type", "partial_rotary_factor", "rope_theta")}
+    needs = SCALING.get(kind, ((), ()))[0] if isinstance(kind, str) else ()
+    if "original_max_position_embeddings" in needs:
+        how.setdefault("original_max_position_embeddings",
+                       hf.get("original_max_position_embeddings") or fields.get("seq_len"))
+    return found | {"rope_scaling": {} if kind == "default" else how | {"rope_type": kind}}
 
 def windows_from_hf(hf: dict, family: Family, n_layer: int) -> tuple[int | None, ...]:
-    """Read the window of each layer; Qwen's older folders say from which layer on they slide."""
+    """Read the window of each layer; older folders say from which layer on they slide, or which one does not."""
     width = hf.get("sliding_window")
     per_layer = family.window == "any"
     if width is None or family.window == "none" or (per_layer and not hf.get("use_sliding_window", False)):
         return ()
     full = min(n_layer, hf.get("max_window_layers", 28)) if per_layer else 0
-    types = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (n_layer - full)
+    types = ["full_attention"] * full + ["sliding_attention"] * (n_layer - full)
+    if every := hf.get("sliding_window_pattern") or family.every:
+        types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(n_layer)]
+    types = hf.get("layer_types") or types
     other = set(types) - {"full_attention", "sliding_attention"}
     check(not other, f"Layers of type {', '.join(map(str, other))} are not supported yet.")
     return tuple(width if kind == "sliding_attention" else None for kind in types)
 
-def hf_name(name: str, config: Config) -> str:
+# ---- Tensors as they stand on disk: named, joined and turned as each family does
+
+def hf_name(name: str, config: Config, family: Family | None = None) -> str:
     """Name a tensor as Hugging Face does: norm.weight -> model.norm.weight."""
-    family = family_of(config)[1] if config.n_expert else None
-    for ours, theirs in (family.renames if family else {}).items():
+    family = family or family_of(config)[1]
+    if name.startswith(("lm_head.", "score.")):
+        return name
+    name = f".{name}"
+    for ours, theirs in family.renames.items():
         name = name.replace(ours, theirs)
-    return name if name.startswith(("lm_head.", "score.")) else f"model.{name}"
+    return family.prefix + name.removeprefix(".")
+
+def on_disk(names, config: Config, family: Family) -> dict[str, list[str]]:
+    """List the tensors of a folder -> those of ours that stand in each, one below the other."""
+    fused = {part: whole for whole, parts in family.fused.items() for part in parts}
+    found = {}
+    for name in names:
+        parts = hf_name(name, config, family).split(".")
+        theirs = ".".join(fused.get(part, part) for part in parts)
+        found.setdefault(theirs, []).append(name)
+    return found
+
+def to_disk(weights: dict, config: Config) -> dict:
+    """Turn tensors by our names into those of the folder."""
+    family = family_of(config)[1]
+    found = {}
+    for theirs, names in on_disk(weights, config, family).items():
+        parts = [turn(weights[name].detach().cpu(), name, config, family, back=True) for name in names]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        found[theirs] = (whole.T if is_transposed(theirs, family) else whole).contiguous()
+    return found
+
+def from_disk(tensor, theirs: str, shapes: dict, config: Config, family: Family) -> dict | None:
+    """Turn a tensor of the folder into ours, {name: tensor} for these {name: shape}; None if they do not fit."""
+    tensor = tensor.T if is_transposed(theirs, family) and tensor.dim() == 2 else tensor
+    rows = [shape[0] for shape in shapes.values()]
+    first = next(iter(shapes.values()))
+    if not tensor.is_floating_point() or tuple(tensor.shape) != (sum(rows), *first[1:]):
+        return None
+    parts = dict(zip(shapes, tensor.split(rows), strict=True))
+    if len(parts) > 1 or not tensor.is_contiguous():  # a part would keep the whole alive
+        parts = {name: part.clone(memory_format=torch.contiguous_format) for name, part in parts.items()}
+    return {name: turn(part, name, config, family) for name, part in parts.items()}
+
+def is_transposed(theirs: str, family: Family) -> bool:
+    return theirs.endswith(tuple(f".{name}.weight" for name in family.transposed))
+
+def turn(weight, name: str, config: Config, family: Family, back: bool = False):
+    """Bring the rows that are rotated from pairs of neighbours to halves, where a family has them so."""
+    made = ("self_attn.q_proj.weight", "q_b_proj.weight", "kv_a_proj_with_mqa.weight")
+    if not family.interleaved or not name.endswith(made):
+        return weight
+    R = config.rope_dim
+    width = config.kv_rank + R if "kv_a" in name else config.head_dim
+    kept, rotated = weight.view(-1, width, weight.shape[1]).split((width - R, R), 1)
+    pairs = (2, R // 2) if back else (R // 2, 2)
+    rotated = rotated.unflatten(1, pairs).transpose(1, 2).flatten(1, 2)
+    return torch.cat((kept, rotated), 1).view_as(weight)
 
 # ---- Saving: all of the old files or all of the new ones
 
@@ -975,13 +1474,14 @@ def save_checkpoint(folder, model, tokenizer: str | Path, *, state=None, weights
     tokenizer: the tokenizer.json to carry along. state: (tensors, JSON object) of a run that can go on.
     weights: by our names, where `model` holds only a rank's share of them.
     """
-    weights = weights or model.state_dict()
-    weights = {hf_name(n, model.config): p.detach().cpu().contiguous() for n, p in weights.items()}
-    broken = [name for name, p in weights.items() if not p.abs().max() < 65504]  # fp16's largest; NaN
-    check(not broken, f"Weights are no sane numbers ({', '.join(broken[:1])}): {folder} keeps what it holds.")
+    weights = dict(weights or model.state_dict())
     if model.config.tie:
         weights.pop("lm_head.weight", None)
-    files = checkpoint_files(model.config, tokenizer)
+    weights = to_disk(weights, model.config)
+    broken = [name for name, p in weights.items() if not p.abs().max() < 65504]  # fp16's largest; NaN
+    check(not broken, f"Weights are no sane numbers ({', '.join(broken[:1])}): {folder} keeps what it holds.")
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    files = checkpoint_files(model.config, tokenizer, dtype)
     files["model.safetensors"] = lambda path: save_file(weights, path, {"format": "pt"})
     if state is not None:
         files["state/optimizer.safetensors"] = lambda path: save_file(state[0], path)
@@ -993,7 +1493,7 @@ def save_checkpoint(folder, model, tokenizer: str | Path, *, state=None, weights
 CARRIED = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
            "chat_template.jinja")
 
-def checkpoint_files(config: Config, tokenizer: str | Path) -> dict[str, str]:
+def checkpoint_files(config: Config, tokenizer: str | Path, dtype: str = "float32") -> dict[str, str]:
     """Make the texts of a checkpoint folder, all of it but the tensors.
 
     A tokenizer out of a checkpoint folder brings along what that folder says of tokens, template and
@@ -1001,7 +1501,8 @@ def checkpoint_files(config: Config, tokenizer: str | Path) -> dict[str, str]:
     """
     base = Path(tokenizer).parent
     text = read_tokenizer(tokenizer).decode()
-    files = {"config.json": json.dumps(config_to_hf(config), indent=2) + "\n", "tokenizer.json": text}
+    about = json.dumps(config_to_hf(config) | {"dtype": dtype}, indent=2) + "\n"
+    files = {"config.json": about, "tokenizer.json": text}
     if (base / "config.json").is_file():
         own = [base / name for name in CARRIED if (base / name).is_file()]
         return files | {path.name: path.read_text(encoding="utf-8") for path in own}
@@ -1038,19 +1539,24 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
     with torch.device("meta"):
         model = Transformer(config)
     expected = dict(model.named_parameters()) | dict(model.named_buffers())
-    names = {hf_name(n, config): n for n in expected}
+    family, _ = family_named(read_json(Path(folder) / "config.json"))
+    plan = on_disk(expected, config, family)
+    unused = rf"rotary_emb\.inv_freq$|{family.ignored.format(n_layer=config.n_layer)}"
+    unused += "|^lm_head.weight$" if config.tie else ""
     found = {}
     for path, wanted in weight_files(Path(folder)).items():
         for name, tensor in read_tensors(path, device, wanted):
-            name = names.get(name, name.removeprefix("model."))
-            if (name == "lm_head.weight" and config.tie) or name.endswith("rotary_emb.inv_freq"):
+            theirs = name if name in plan else family.prefix + name  # some files leave it out
+            if theirs not in plan and re.search(unused, name):
                 continue
-            check(name in expected, f"{path} holds a tensor {name!r} that its config.json has no place for.")
-            check(name not in found, f"{path} holds {name} once more: which of the files are the weights?")
-            shape = tuple(expected[name].shape)
-            fits = tensor.shape == shape and tensor.is_floating_point()
-            check(fits, f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, not floats of {shape}.")
-            found[name] = tensor.to(dtype or tensor.dtype)
+            check(theirs in plan, f"{path} holds a tensor {name!r} that its config.json has no place for.")
+            shapes = {ours: tuple(expected[ours].shape) for ours in plan[theirs]}
+            parts = from_disk(tensor, theirs, shapes, config, family)
+            check(parts, f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, not floats of "
+                  f"{', '.join(map(str, shapes.values()))}.")
+            check(not parts.keys() & found.keys(), f"{path} holds {name} once more: which of the files are the "
+                  "weights?")
+            found |= {ours: part.to(dtype or part.dtype) for ours, part in parts.items()}
     missing = sorted(expected.keys() - found.keys())
     check(not missing, f"{folder} lacks {len(missing)} tensors, {', '.join(missing[:1])} among them.")
     model.load_state_dict(found, strict=False, assign=True)
@@ -1059,7 +1565,7 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
 
 def check_memory(config: Config, device: torch.device, itemsize: float) -> None:
     """Refuse a model whose weights alone, at so many bytes each, are larger than the memory."""
-    need = config.replace(n_expert_active=max(1, config.n_expert)).matrix_params * itemsize  # all experts
+    need = count_weights(config)[0] * itemsize
     if device.type == "cuda":
         have = torch.cuda.get_device_properties(device).total_memory
     elif hasattr(os, "sysconf"):
@@ -1936,7 +2442,7 @@ class RMSNormCPU(torch.autograd.Function):
 
 CPU_SHORT = 512  # keys up to which plain products are as fast in bf16, or faster; for one query always
 
-def attend_on_cpu(q, k, v, mask):
+def attend_on_cpu(q, k, v, mask, scale: float):
     """Compute attention as on paper, in bfloat16 products: the scores (B, H, T, S) do stand in memory.
 
     Query heads that share a key head are stacked: (B*K, G*T, D) x (B*K, D, S).
@@ -1944,12 +2450,12 @@ def attend_on_cpu(q, k, v, mask):
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
     G = H // K
-    q, k, v = q.reshape(B * K, G * T, D), k.reshape(B * K, S, D), v.reshape(B * K, S, D)
+    q, k, v = q.reshape(B * K, G * T, D), k.reshape(B * K, S, D), v.reshape(B * K, S, -1)
     bias = q.new_zeros(1, 1, 1)
     if isinstance(mask, str):
         mask = torch.ones(1, T, S, dtype=torch.bool).tril()
     if mask is not None:
         bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf).repeat(1, G, 1)
         bias = bias if len(bias) == 1 else bias.repeat_interleave(K, 0)
-    p = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=D**-0.5).softmax(-1)  # (B*K, G*T, S)
-    return torch.bmm(p, v).view(B, H, T, D)
+    p = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(-1)  # (B*K, G*T, S)
+    return torch.bmm(p, v).view(B, H, T, -1)

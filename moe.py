@@ -151,10 +151,12 @@ class MoE(nn.Module):
         self.gate = Router(config)
         self.experts = nn.ModuleDict()
         for e in range(config.n_expert):
-            self.experts[str(e)] = MLP(config.n_embd, config.expert_dim)
-        self.shared_experts = None
+            self.experts[str(e)] = MLP(config, config.expert_dim)
+        self.shared_experts = self.shared_expert_gate = None
+        if config.n_expert_shared and config.shared_gate:
+            self.shared_expert_gate = Linear(config.n_embd, 1, bias=False)
         if config.n_expert_shared:
-            self.shared_experts = MLP(config.n_embd, config.expert_dim * config.n_expert_shared)
+            self.shared_experts = MLP(config, config.expert_dim * config.n_expert_shared)
 
     def forward(self, x):
         """Compute (B, T, C) -> (B, T, C), and the layer's row of `aux`: zeros unless training."""
@@ -168,7 +170,8 @@ class MoE(nn.Module):
             taken = chosen.masked_fill(~fits.view_as(chosen), E)
         y = dispatch(self.experts, flat, taken, weights).view_as(x)
         if self.shared_experts is not None:
-            y = y + self.shared_experts(x)
+            shared = self.shared_experts(x)
+            y = y + (shared if self.shared_expert_gate is None else shared * self.shared_expert_gate(x).sigmoid())
         if not self.training:
             return y, logits.new_zeros(len(AUX) + E)
         dropped = (taken == E).float().mean()
@@ -225,7 +228,7 @@ def check_experts(c: Config) -> None:
     check(c.capacity is None or c.capacity > 0,
           "capacity has to be above zero; 1.25 leaves a quarter of room over the mean.")
 
-# Field of Config -> its key in config.json; one that is missing, null or zero means what the class fixes.
+# Field of Config -> its key in config.json.
 MIXTRAL_KEYS = {"n_expert": "num_local_experts", "n_expert_active": "num_experts_per_tok",
                 "expert_dim": "intermediate_size"}
 QWEN_KEYS = {"n_expert": "num_experts", "n_expert_active": "num_experts_per_tok",
@@ -233,33 +236,58 @@ QWEN_KEYS = {"n_expert": "num_experts", "n_expert_active": "num_experts_per_tok"
 DEEPSEEK_KEYS = QWEN_KEYS | {
     "n_expert": "n_routed_experts", "n_expert_shared": "n_shared_experts",
     "router_scale": "routed_scaling_factor", "n_group": "n_group", "topk_group": "topk_group"}
+LATENT_KEYS = {"head_dim": None, "kv_rank": "kv_lora_rank", "q_rank": "q_lora_rank", "v_dim": "v_head_dim",
+               "nope_dim": "qk_nope_head_dim", "rope_dim": "qk_rope_head_dim"}
 MIXTRAL_NAMES = {".mlp.gate.": ".block_sparse_moe.gate.", ".mlp.experts.": ".block_sparse_moe.experts.",
                  ".gate_proj.": ".w1.", ".down_proj.": ".w2.", ".up_proj.": ".w3."}
-QWEN = {"qk_norm": True, "router_normalize": False}
-DEEPSEEK_V3 = {"router": "sigmoid", "router_bias": True, "router_normalize": False, "n_expert_shared": 1}
-DOTS = {"qk_norm": True, **DEEPSEEK_V3}  # DeepSeek-V3's experts beside the attention that we have
+SIGMOID = {"router": "sigmoid", "router_bias": True}
+DEEPSEEK_V3 = {"norm_topk_prob": True, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+V2_METHODS = {False: "greedy", True: "group_limited_greedy"}  # does it choose groups first?
+LATENT = {"interleaved": True, "dense_layers": "first", "ignored": r"\.layers\.{n_layer}\."}  # predicts a 2nd token
 FAMILIES = {
-    "MixtralForCausalLM": Family("mixtral", {}, MIXTRAL_KEYS, renames=MIXTRAL_NAMES),
-    "Qwen3MoeForCausalLM": Family("qwen3_moe", QWEN, QWEN_KEYS, dense_layers="any"),
-    "Dots1ForCausalLM": Family("dots1", DOTS, DEEPSEEK_KEYS, dense_layers="first", has_score=False),
+    "MixtralForCausalLM": Family("mixtral", {}, MIXTRAL_KEYS, window="all", renames=MIXTRAL_NAMES),
+    "Qwen2MoeForCausalLM": Family(
+        "qwen2_moe", {"qkv_bias": True, "shared_gate": True}, QWEN_KEYS | {"head_dim": None}, window="any",
+        renames={".shared_experts.": ".shared_expert."}, defaults={"norm_topk_prob": False}, dense_layers="any"),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", {"qk_norm": True}, QWEN_KEYS, window="any", dense_layers="any",
+                                  defaults={"norm_topk_prob": False}),
+    "Dots1ForCausalLM": Family("dots1", {"qk_norm": True, **SIGMOID}, DEEPSEEK_KEYS, dense_layers="first",
+                               defaults=DEEPSEEK_V3 | {"norm_topk_prob": False}, has_score=False),
+    "DeepseekV2ForCausalLM": Family(
+        "deepseek_v2", {"router_normalize": False}, DEEPSEEK_KEYS | LATENT_KEYS, **LATENT,
+        neutral={"norm_topk_prob": False, "scoring_func": "softmax", "topk_method": tuple(V2_METHODS.values())},
+        defaults={"n_shared_experts": 2, "topk_method": "greedy"}),
+    "DeepseekV3ForCausalLM": Family("deepseek_v3", SIGMOID, DEEPSEEK_KEYS | LATENT_KEYS, **LATENT,
+                                    neutral={"scoring_func": "sigmoid"}, defaults=DEEPSEEK_V3),
 }
 
-def experts_from_hf(hf: dict, family: Family, n_layer: int) -> dict:
-    """Read the fields of Config that say what the experts are from a family's config.json."""
-    fields = {name: hf[key] for name, key in family.keys.items() if hf.get(key)}
-    fields.setdefault("n_expert", hf.get("num_local_experts") or hf.get("num_experts"))  # it has two names
-    check(fields["n_expert"], f"config.json does not say {family.keys['n_expert']}.")
+def experts_from_hf(hf: dict, family: Family, fields: dict) -> dict:
+    """Read what `keys` does not say of a family's experts: a second name, and which layers have none."""
+    n_expert = fields.get("n_expert") or hf.get("num_local_experts") or hf.get("num_experts")
+    check(n_expert, f"config.json does not say {family.keys['n_expert']}.")
+    found = {"n_expert": n_expert}
+    if "shared_gate" in family.fixed:
+        found["n_expert_shared"], rest = divmod(hf.get("shared_expert_intermediate_size", 0), fields["expert_dim"])
+        check(not rest, "A shared expert of another width than some experts together is not supported.")
+    if hf.get("topk_method") == V2_METHODS[False]:
+        found |= {"n_group": 1, "topk_group": 1}  # it says some, and does without
     step = hf.get("decoder_sparse_step", 1)
     dense = hf.get("mlp_only_layers") or range(hf.get("first_k_dense_replace") or 0)
-    return fields | {"dense_layers": tuple(i for i in range(n_layer) if i in dense or (i + 1) % step)}
+    n_layer = fields["n_layer"]
+    return found | {"dense_layers": tuple(i for i in range(n_layer) if i in dense or (i + 1) % step)}
 
-def dense_layers_to_hf(config: Config, family: Family) -> dict:
-    """Write which layers have no experts, as far as a family can say it: `experts_from_hf` reads it."""
+def experts_to_hf(config: Config, family: Family) -> dict:
+    """Write the same, as far as a family can say it."""
+    hf = {}
+    if "shared_gate" in family.fixed:
+        hf["shared_expert_intermediate_size"] = config.n_expert_shared * config.expert_dim
+    if "topk_method" in family.defaults:
+        hf["topk_method"] = V2_METHODS[config.n_group > 1]
     if family.dense_layers == "any":
-        return {"mlp_only_layers": list(config.dense_layers), "decoder_sparse_step": 1}
+        hf |= {"mlp_only_layers": list(config.dense_layers), "decoder_sparse_step": 1}
     if family.dense_layers == "first":
-        return {"first_k_dense_replace": len(config.dense_layers)}
-    return {}
+        hf["first_k_dense_replace"] = len(config.dense_layers)
+    return hf
 
 def read_earlier(moe: dict) -> dict:
     """Read the nested experts of an earlier octavo folder -> fields of Config."""
@@ -519,7 +547,7 @@ def speed(
     check_memory(config.replace(n_layer=1), where, 4)
     check(tokens <= 2**20, f"--tokens is {tokens}; a layer's time shows with a million or less.")
     with where:
-        dense, layer = MLP(config.n_embd, config.ffn_dim), MoE(config)
+        dense, layer = MLP(config, config.ffn_dim), MoE(config)
         x = torch.randn(tokens, config.n_embd, dtype=kind, requires_grad=True)
         grad = torch.randn_like(x)
 

@@ -36,9 +36,9 @@ from typing import Annotated
 from model import (  # before torch: it says how OpenMP's threads wait
     KEEP_LOGITS, PRESETS, START, Batches, Config, Ranks, Run, Tokens, TrainOptions, Transformer, UserError,
     barrier, build_optimizer, check, checkpoint_files, clear, command, console, count_params, default_data,
-    derive, evaluate, evaluate_mixture, fill, fingerprint, hf_name, load_config, load_model, load_moe,
-    load_state, make_config, open_data, open_run, opt, pick_dtype, reading, resize, resumed, run_app,
-    save_checkpoint, save_files, saved_state, say, seed_of, setup_distributed, sum_over_ranks,
+    derive, evaluate, evaluate_mixture, fill, fingerprint, flops_per_token, hf_name, load_config, load_model,
+    load_moe, load_state, make_config, open_data, open_run, opt, pick_dtype, reading, resize, resumed,
+    run_app, save_checkpoint, save_files, saved_state, say, seed_of, setup_distributed, sum_over_ranks,
 )
 
 import torch
@@ -808,7 +808,7 @@ def train(o: Options) -> dict:
 
     # 3. The steps
     measure = functools.partial(assess, o, layout, model, val, weights)
-    run = Run(o, ranks, save, measure, saved, config.flops_per_token())
+    run = Run(o, ranks, save, measure, saved, flops_per_token(config))
     with finish_or_explain(saver, ranks):
         for step, lr in run.steps():
             micro_batches, targets, windows = batches.at(step)

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Annotated
 
 from model import (  # before torch: it says how OpenMP's threads wait
-    Cache, Config, UserError, check, command, console, find_checkpoint, greedy, load_config, load_model,
-    load_tokenizer, opt, pick_device, pick_dtype, read_json, render, run_app, say,
+    Cache, Config, UserError, check, command, console, count_weights, find_checkpoint, greedy, load_config,
+    load_model, load_tokenizer, opt, pick_device, pick_dtype, read_json, render, run_app, say,
 )
 
 import torch
@@ -143,6 +143,10 @@ class Reader:
     def read(self, ids):
         """Read ids (1, T) behind the text so far -> the logits of the next token (1, V), float32."""
         text = torch.cat((self.ids, ids), dim=1)
+        border = self.model.config.rereads_at
+        if border is not None and self.ids.shape[1] <= border < text.shape[1] and self.cache is not None:
+            self.rewind(0)
+            ids = text
         if self.cache is not None and text.shape[1] > self.cache.positions.shape[1]:
             self.cache.grow(ids.shape[1] + 255)  # in blocks, since all of it is moved
         logits, _ = self.model(text if self.cache is None else ids, cache=self.cache, output="last")
@@ -331,7 +335,7 @@ def main(o: Options) -> None:
     else:
         text, ids = read_prompt(o, tokenizer, config)
     name_other_settings(folder, o)
-    small = device.type == "cpu" and config.matrix_params < 2**28  # bf16 is no faster, and near ties move
+    small = device.type == "cpu" and count_weights(config)[2] < 2**28  # bf16 is no faster, and near ties move
     dtype = "fp32" if o.dtype == "auto" and small else o.dtype
     model = load_model(folder, device, pick_dtype(dtype, device))
     for file, how in ((sys.stdout, {"encoding": "utf-8"}), (sys.stdin, {"errors": "replace"})):

@@ -27,9 +27,10 @@ from typing import Annotated
 from model import (  # before torch: it says how OpenMP's threads wait
     IGNORE, START, Batches, Config, Run, Tokens, TrainOptions, Transformer, UserError, barrier,
     build_optimizer, check, check_out, clip_gradients, command, config_to_hf, console, count_params,
-    default_data, derive, evaluate, evaluate_mixture, fingerprint, generate, is_a, load_model, load_moe,
-    load_state, load_tokenizer, make_config, open_data, open_run, opt, pick_dtype, rank_and_world, read_json,
-    run_app, save_checkpoint, save_files, say, seed_of, setup_distributed, sum_over_ranks,
+    default_data, derive, evaluate, evaluate_mixture, fingerprint, flops_per_token, generate, is_a,
+    load_model, load_moe, load_state, load_tokenizer, make_config, open_data, open_run, opt, pick_dtype,
+    rank_and_world, read_json, run_app, save_checkpoint, save_files, say, seed_of, setup_distributed,
+    sum_over_ranks,
 )
 
 import numpy as np
@@ -168,7 +169,7 @@ def train(o: Options) -> dict:
         return result
 
     # 3. The steps
-    run = Run(o, ranks, save, measure, saved, config.flops_per_token())
+    run = Run(o, ranks, save, measure, saved, flops_per_token(config))
     for step, lr in run.steps():
         micro_batches, targets, windows = batches.at(step)
         torch.manual_seed(seed_of(o.seed, step, ranks.rank))  # of dropout
