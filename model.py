@@ -138,32 +138,8 @@ class Config:
     capacity: float | None = None  # tokens of a sequence that an expert takes at most, in means
 
     def __post_init__(self):
-        for name in self.__dataclass_fields__:
-            check_field(name, getattr(self, name))
-        if self.kv_rank:
-            object.__setattr__(self, "head_dim", self.nope_dim + (self.rope_dim or 0))
-        how = dict(check_scaling(self.rope_scaling))
-        if how.get("rope_type") == "ntk":  # the slowest pair by the factor, the fastest not at all: a larger theta
-            R = self.rope_dim or self.head_dim
-            object.__setattr__(self, "rope_theta", self.rope_theta * how.pop("factor") ** (R / (R - 2)))
-            how = {}
-        object.__setattr__(self, "rope_scaling", tuple(how.items()))
-        window = self.window if isinstance(self.window, (tuple, list)) else [self.window]
-        window = tuple(window) * (self.n_layer if len(window) == 1 else 1)  # one number serves all layers
-        object.__setattr__(self, "window", () if set(window) == {None} else window)
-        for name in ("dense_layers", "eos_id"):  # JSON knows lists only
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        check(self.n_head % self.n_kv_head == 0,
-              f"{self.n_head} heads cannot share {self.n_kv_head} key-value heads evenly.")
-        for name, known in CHOICES.items():
-            value = getattr(self, name)
-            check(value in known, f"{name} is one of {', '.join(known)}; not {value!r}.")
-        rotated = self.rope_dim or self.head_dim
-        check(rotated % 2 == 0, f"head_dim is {rotated}; RoPE rotates pairs: choose an even one.")
-        check(rotated <= self.head_dim, f"rope_dim {rotated} is more than the {self.head_dim} of a head.")
-        check(len(window) in (0, self.n_layer), f"{len(window)} windows do not serve {self.n_layer} layers.")
-        check(self.dropout < 1, f"dropout is {self.dropout}; it is a share, from 0 up to, not with, 1.")
+        for name, value in settle(self).items():
+            object.__setattr__(self, name, value)
 
     def replace(self, **changes) -> "Config":
         return dataclasses.replace(self, **changes)
@@ -186,7 +162,7 @@ class Config:
 
     @property
     def rereads_at(self) -> int | None:
-        """Give the place in a text at which what was cached of it is worth nothing: LongRoPE turns otherwise."""
+        """Give the place in a text from which on LongRoPE turns otherwise: a cache is worth nothing then."""
         how = dict(self.rope_scaling)
         return how["original_max_position_embeddings"] if how.get("rope_type") == "longrope" else None
 
@@ -314,7 +290,7 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 class MLP(nn.Module):
-    """Compute SwiGLU, down(silu(gate(x)) * up(x)) (2002.05202, eq. 6), or as the config says without a gate."""
+    """Compute SwiGLU, down(silu(gate(x)) * up(x)) (2002.05202, eq. 6), or down(act(up(x))) without a gate."""
 
     def __init__(self, config: Config, width: int):
         super().__init__()
@@ -456,13 +432,13 @@ class Transformer(nn.Module):
         c = self.config
         x = self.embed_tokens(ids)
         if c.scale_embedding:
-            x = x * torch.tensor(math.sqrt(c.n_embd), dtype=x.dtype)  # rounded as the weights are, as in Gemma
+            x = x * torch.tensor(math.sqrt(c.n_embd), dtype=x.dtype)  # rounded as the weights are (Gemma)
         if c.position == "learned":
             x = x + self.embed_positions(positions.clamp(min=0))
         return x
 
     def angles(self, positions) -> dict:
-        """Compute (cos, sin) for the layers of the whole context (False) and for those with a window (True)."""
+        """Compute (cos, sin) for layers that see the whole context (False), and for those with a window."""
         if self.config.position != "rope":
             return dict.fromkeys((False, True), (None, None))
         kinds = {False, self.config.rope_local_theta is not None}
@@ -620,14 +596,15 @@ def flops_per_token(config: Config, T: int | None = None) -> float:
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu,
                "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh")}
 ACTIVATIONS["gelu_new"] = ACTIVATIONS["gelu_pytorch_tanh"]  # GPT-2's name for it
-CHOICES = {"head": ("lm", "score"), "position": ("rope", "learned", "alibi", "none"), "norm": ("rms", "layer"),
-           "act": tuple(ACTIVATIONS)}
+CHOICES = {"head": ("lm", "score"), "position": ("rope", "learned", "alibi", "none"),
+           "norm": ("rms", "layer"), "act": tuple(ACTIVATIONS)}
 
 class LayerNorm(nn.LayerNorm):
     """Compute (x - mean(x)) / sqrt(var(x) + eps) * weight + bias (1607.06450, eq. 4)."""
 
     def forward(self, x):
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 def make_norm(config: Config, dim: int) -> nn.Module:
     """Make the norm that a config names."""
@@ -647,7 +624,7 @@ class Head(Linear):
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 def rope_frequencies(config: Config, positions, local: bool = False):
-    """Compute theta^(-2i/R) of each pair i, slowed down as the config says -> ((R/2,), factor of cos and sin).
+    """Compute theta^(-2i/R) of each pair i, slowed down as the config says -> ((R/2,), factor of cos, sin).
 
     R of a head's numbers are rotated. local: of layers with a window, where these have a theta of their own.
     """
@@ -718,7 +695,7 @@ SCALING = {
 }
 
 def check_scaling(how) -> tuple:
-    """Refuse a rope_scaling that is not known or not complete -> ((name, value), ...), which can be hashed."""
+    """Refuse a rope_scaling that is not known or not complete -> ((name, value), ...), to be hashed."""
     try:
         how = {name: tuple(x) if isinstance(x, list) else x for name, x in dict(how).items() if x is not None}
     except (TypeError, ValueError):
@@ -760,7 +737,7 @@ def alibi_bias(mask, q_pos, k_pos, H: int):
     return (-slopes * distance.unsqueeze(1)).masked_fill(~mask.unsqueeze(1), -torch.inf)
 
 def attend_capped(q, k, v, mask, scale: float, cap: float):
-    """Compute attention with scores that stay between -cap and cap: cap * tanh(score / cap) (2408.00118, 2.1)."""
+    """Compute attention whose scores stay between -cap and cap: cap * tanh(score / cap) (2408.00118, 2.1)."""
     T, S, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)
     scores = cap * torch.tanh(q @ k.transpose(2, 3) * (scale / cap))  # (B, H, T, S)
@@ -775,15 +752,16 @@ def attend_capped(q, k, v, mask, scale: float, cap: float):
 class LatentAttention(nn.Module):
     """Make keys and values of all heads from one narrow vector a token, which is all that a cache keeps.
 
-    Multi-head latent attention (DeepSeek-V2: 2405.04434, 2.1). The rotated part of a key, R wide, is made apart
-    and shared by the heads. One token with a cache attends to the latent vectors themselves: the matrix that
-    would make keys of them is multiplied to its query, and the one for values to what it finds (below eq. 13).
+    Multi-head latent attention (DeepSeek-V2: 2405.04434, 2.1). The rotated part of a key, R wide, is made
+    apart and shared by the heads. One token with a cache attends to the latent vectors themselves: the matrix
+    that would make keys of them is multiplied to its query, the one for values to what it finds (eq. 13).
     """
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.layer = layer
-        self.rank, self.nope, self.rope, self.v = config.kv_rank, config.nope_dim, config.rope_dim, config.v_dim
+        self.rank, self.rope = config.kv_rank, config.rope_dim
+        self.nope, self.v = config.nope_dim, config.v_dim
         C, H, D = config.n_embd, config.n_head, config.head_dim
         self.low_rank = config.q_rank is not None
         if self.low_rank:
@@ -932,7 +910,7 @@ def generate(model, prompts, max_new_tokens, pick=greedy, eos_id=(), samples=1, 
     return out
 
 def read_prompts(model, texts: list[list[int]]):
-    """Read texts of unequal lengths at once -> logits of their next tokens (B, V), these' positions, the cache.
+    """Read texts of unequal lengths -> logits of their next tokens (B, V), these' positions, the cache.
 
     Pads stand on the right, where no token of a text sees them.
     """
@@ -944,7 +922,8 @@ def read_prompts(model, texts: list[list[int]]):
     cache = Cache(model.config, B, T, device, model.compute_dtype or weight.dtype)
     positions = torch.arange(T, device=device).expand(B, T)
     positions = positions.masked_fill(positions >= lengths[:, None], -1)
-    logits, _ = model(ids, at=torch.arange(B, device=device) * T + lengths - 1, positions=positions, cache=cache)
+    ends = torch.arange(B, device=device) * T + lengths - 1
+    logits, _ = model(ids, at=ends, positions=positions, cache=cache)
     cache.ragged = True
     return logits, lengths[:, None], cache
 
@@ -965,7 +944,7 @@ def kind_of(declared) -> type:
 def fits(value, declared) -> bool:
     """Tell whether a value is what a field was declared as: int, float | None, list[str]."""
     if isinstance(value, (list, tuple)) and re.search("list|tuple", str(declared)):
-        return all(fits(x, declared) for x in value)
+        return all(fits(x, declared) and not isinstance(x, (list, tuple)) for x in value)
     return "None" in str(declared) if value is None else is_a(value, kind_of(declared))
 
 def check_field(name: str, value) -> None:
@@ -979,6 +958,37 @@ def check_field(name: str, value) -> None:
     most = 10_000 if name in ("n_layer", "n_head", "n_kv_head", "n_expert") else 2**31
     numbers = [x for x in (value if isinstance(value, (list, tuple)) else [value]) if is_a(x, float)]
     check(all(least <= x < most for x in numbers), f"{name} is {value!r}; it has to be {words} below {most}.")
+
+def settle(config: Config) -> dict:
+    """Refuse a config that cannot be -> the fields that have one form only, however they were given."""
+    c = config
+    for name in c.__dataclass_fields__:
+        check_field(name, getattr(c, name))
+    for name, known in CHOICES.items():
+        check(getattr(c, name) in known, f"{name} is one of {', '.join(known)}; not {getattr(c, name)!r}.")
+    window = tuple(c.window if isinstance(c.window, (tuple, list)) else [c.window])
+    window *= c.n_layer if len(window) == 1 else 1  # one number serves all layers
+    eos_id = tuple(c.eos_id) if isinstance(c.eos_id, list) else c.eos_id  # JSON knows lists only
+    head_dim = c.nope_dim + (c.rope_dim or 0) if c.kv_rank else c.head_dim
+    R = c.rope_dim or head_dim
+    how = dict(check_scaling(c.rope_scaling))
+    theta = c.rope_theta
+    if how.get("rope_type") == "ntk":  # the slowest pair by the factor, the fastest not at all
+        theta *= how["factor"] ** (R / max(R - 2, 1))
+        how = {}
+    check(c.n_head % c.n_kv_head == 0,
+          f"{c.n_head} heads cannot share {c.n_kv_head} key-value heads evenly.")
+    check(R % 2 == 0, f"head_dim is {R}; RoPE rotates pairs: choose an even one.")
+    check(R <= head_dim, f"rope_dim {R} is more than the {head_dim} of a head.")
+    check(not c.kv_rank or (c.rope_dim and c.nope_dim and c.v_dim and c.position == "rope"),
+          "Latent attention (kv_rank) needs rope_dim, nope_dim and v_dim, and rotary positions.")
+    for name in ("short_factor", "long_factor"):
+        fits_pairs = len(how.get(name, [0] * (R // 2))) == R // 2
+        check(fits_pairs, f"{name} has to have {R // 2} numbers, one a pair.")
+    check(len(window) in (0, c.n_layer), f"{len(window)} windows do not serve {c.n_layer} layers.")
+    check(c.dropout < 1, f"dropout is {c.dropout}; it is a share, from 0 up to, not with, 1.")
+    return {"window": () if set(window) == {None} else window, "dense_layers": tuple(c.dense_layers),
+            "eos_id": eos_id, "head_dim": head_dim, "rope_theta": theta, "rope_scaling": tuple(how.items())}
 
 # Sizes by name. `nano` learns in a minute, `micro` in the minutes of the default run; `small` is GPT-2's.
 LLAMA = Config(norm_eps=1e-5, qk_norm=False, tie=False, head_dim=128, vocab_size=32_000, seq_len=4096)
@@ -1045,12 +1055,13 @@ EXPERT_FIELDS = (*NAMES[NAMES.index("n_expert_active") : NAMES.index("dropout")]
 SCORE = "ForSequenceClassification"  # ends the name of a stock class with a score head
 # Keys of config.json that change what is computed, and the values at which they do not: others are refused,
 # unless the family reads the key.
-NEUTRAL = {"attention_bias": False, "mlp_bias": False, "quantization_config": None, "partial_rotary_factor": 1,
-           "attn_logit_softcapping": None, "final_logit_softcapping": None, "embedding_multiplier": 1,
-           "residual_multiplier": 1, "attention_multiplier": None, "logits_scaling": 1, "logit_scale": 1,
-           "use_qk_norm": False, "qk_layernorm": False, "parallel_block": False, "clip_qkv": None,
-           "use_bidirectional_attention": False, "add_cross_attention": False, "scale_attn_weights": True,
-           "scale_attn_by_inverse_layer_idx": False, "rope_interleave": True}
+NEUTRAL = {"attention_bias": False, "mlp_bias": False, "quantization_config": None,
+           "partial_rotary_factor": 1, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+           "embedding_multiplier": 1, "residual_multiplier": 1, "attention_multiplier": None,
+           "logits_scaling": 1, "logit_scale": 1, "use_qk_norm": False, "qk_layernorm": False,
+           "parallel_block": False, "clip_qkv": None, "use_bidirectional_attention": False,
+           "add_cross_attention": False, "scale_attn_weights": True, "rope_interleave": True,
+           "scale_attn_by_inverse_layer_idx": False}
 
 @dataclass(frozen=True)
 class Family:
@@ -1078,7 +1089,8 @@ GEMMA = {"norm_plus_one": True, "scale_embedding": True}
 GEMMA_2 = {"tie_word_embeddings": True, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
            "query_pre_attn_scalar": 256, "sliding_window": 4096, "use_sliding_window": True}
 POST_NORMS = {".post_attention_layernorm.": ".pre_feedforward_layernorm.",
-              ".attn_out_norm.": ".post_attention_layernorm.", ".mlp_out_norm.": ".post_feedforward_layernorm."}
+              ".attn_out_norm.": ".post_attention_layernorm.",
+              ".mlp_out_norm.": ".post_feedforward_layernorm."}
 QKV = ("q_proj", "k_proj", "v_proj")
 FAMILIES = {  # those with experts stand in moe.py
     "LlamaForCausalLM": Family("llama", {}, BIASES | {"mlp_bias": "mlp_bias"}),
@@ -1090,9 +1102,10 @@ FAMILIES = {  # those with experts stand in moe.py
         {"seq_len": "n_positions", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
          "ffn_dim": "n_inner", "norm_eps": "layer_norm_epsilon", "act": "activation_function",
          "n_kv_head": None, "head_dim": None},
-        renames={".embed_tokens.": ".wte.", ".embed_positions.": ".wpe.", ".layers.": ".h.", ".norm.": ".ln_f.",
-                 ".input_layernorm.": ".ln_1.", ".post_attention_layernorm.": ".ln_2.", ".up_proj.": ".c_fc.",
-                 ".self_attn.": ".attn.", ".o_proj.": ".c_proj.", ".down_proj.": ".c_proj."},
+        renames={".embed_tokens.": ".wte.", ".embed_positions.": ".wpe.", ".layers.": ".h.",
+                 ".norm.": ".ln_f.", ".input_layernorm.": ".ln_1.", ".post_attention_layernorm.": ".ln_2.",
+                 ".self_attn.": ".attn.", ".o_proj.": ".c_proj.", ".up_proj.": ".c_fc.",
+                 ".down_proj.": ".c_proj."},
         fused={"c_attn": QKV}, transposed=("c_attn", "c_proj", "c_fc"), prefix="transformer.",
         defaults={"tie_word_embeddings": True, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
         ignored=r"\.attn\.(masked_)?bias$", has_score=False),
@@ -1227,7 +1240,7 @@ def rope_from_hf(hf: dict, family: Family, fields: dict) -> dict:
     if "rope_local_base_freq" in family.keys.values():
         local = rope.get("sliding_attention") or {}
         kind = local.get("rope_type", "default")
-        check(kind == "default", f"Rotary positions of type {kind!r} in layers with a window are not supported.")
+        check(kind == "default", f"Rotary positions of type {kind!r} in a window's layers are not supported.")
         found["rope_local_theta"] = local.get("rope_theta", hf["rope_local_base_freq"])
         rope = rope.get("full_attention", rope)
     found["rope_theta"] = rope.get("rope_theta", hf.get("rope_theta", 10_000.0))
@@ -1235,16 +1248,17 @@ def rope_from_hf(hf: dict, family: Family, fields: dict) -> dict:
         check(is_a(theta, float), f"config.json says {name} {theta!r:.60}; it has to be a number.")
         found[name] = float(theta)
     share = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1))
-    if "partial_rotary_factor" in family.keys.values():
-        check(is_a(share, float), f"config.json says partial_rotary_factor {share!r:.60}; it has to be a number.")
+    partial = "partial_rotary_factor" in family.keys.values()
+    check(is_a(share, float) if partial else share in (1, None),
+          f"config.json says partial_rotary_factor {share!r:.60}, which is not supported.")
+    if partial:
         rotated = int(fields["head_dim"] * share)
         found["rope_dim"] = None if rotated == fields["head_dim"] else rotated
-    else:
-        check(share in (1, None), f"config.json says partial_rotary_factor {share!r:.60}, which is not supported.")
     kind = rope.get("rope_type", rope.get("type")) or "default"
     if "short_factor" in rope:  # Phi-3's folders have called it su and yarn
         kind = "longrope"
-    how = {name: value for name, value in rope.items() if name not in ("type", "partial_rotary_factor", "rope_theta")}
+    other = ("type", "partial_rotary_factor", "rope_theta")
+    how = {name: value for name, value in rope.items() if name not in other}
     needs = SCALING.get(kind, ((), ()))[0] if isinstance(kind, str) else ()
     if "original_max_position_embeddings" in needs:
         how.setdefault("original_max_position_embeddings",
@@ -1252,7 +1266,7 @@ def rope_from_hf(hf: dict, family: Family, fields: dict) -> dict:
     return found | {"rope_scaling": {} if kind == "default" else how | {"rope_type": kind}}
 
 def windows_from_hf(hf: dict, family: Family, n_layer: int) -> tuple[int | None, ...]:
-    """Read the window of each layer; older folders say from which layer on they slide, or which one does not."""
+    """Read the window of each layer; older folders say from which layer on they slide, or which do not."""
     width = hf.get("sliding_window")
     per_layer = family.window == "any"
     if width is None or family.window == "none" or (per_layer and not hf.get("use_sliding_window", False)):
@@ -1299,7 +1313,7 @@ def to_disk(weights: dict, config: Config) -> dict:
     return found
 
 def from_disk(tensor, theirs: str, shapes: dict, config: Config, family: Family) -> dict | None:
-    """Turn a tensor of the folder into ours, {name: tensor} for these {name: shape}; None if they do not fit."""
+    """Turn a tensor of the folder into ours, {name: tensor} for {name: shape}; None if they do not fit."""
     tensor = tensor.T if is_transposed(theirs, family) and tensor.dim() == 2 else tensor
     rows = [shape[0] for shape in shapes.values()]
     first = next(iter(shapes.values()))
@@ -1554,8 +1568,8 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
             parts = from_disk(tensor, theirs, shapes, config, family)
             check(parts, f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, not floats of "
                   f"{', '.join(map(str, shapes.values()))}.")
-            check(not parts.keys() & found.keys(), f"{path} holds {name} once more: which of the files are the "
-                  "weights?")
+            again = parts.keys() & found.keys()
+            check(not again, f"{path} holds {name} once more: which of the files are the weights?")
             found |= {ours: part.to(dtype or part.dtype) for ours, part in parts.items()}
     missing = sorted(expected.keys() - found.keys())
     check(not missing, f"{folder} lacks {len(missing)} tensors, {', '.join(missing[:1])} among them.")
@@ -2172,7 +2186,7 @@ def derive(o: TrainOptions, config: Config, world: int, device: torch.device) ->
     if o.micro_batch is None:  # 8k tokens keep a CPU busy; a GPU takes what its memory allows
         o.micro_batch = max(1, (8192 if device.type == "cpu" else 32768) // config.seq_len)
     if o.compile == "auto":  # it starts in some 40 s and wins 10 % of a step on CPU, a third on CUDA
-        flops = config.flops_per_token() * o.tokens_per_step * o.max_steps  # (a resumed run decides the same)
+        flops = flops_per_token(config) * o.tokens_per_step * o.max_steps  # (a resumed run decides the same)
         o.compile = "on" if flops > {"cpu": 3e14, "cuda": 2e16}.get(device.type, math.inf) else "off"
     o.dtype = {dtype: name for name, dtype in DTYPES.items()}[pick_dtype(o.dtype, device)]
 

@@ -171,7 +171,9 @@ class MoE(nn.Module):
         y = dispatch(self.experts, flat, taken, weights).view_as(x)
         if self.shared_experts is not None:
             shared = self.shared_experts(x)
-            y = y + (shared if self.shared_expert_gate is None else shared * self.shared_expert_gate(x).sigmoid())
+            if self.shared_expert_gate is not None:
+                shared = shared * self.shared_expert_gate(x).sigmoid()
+            y = y + shared
         if not self.training:
             return y, logits.new_zeros(len(AUX) + E)
         dropped = (taken == E).float().mean()
@@ -218,6 +220,7 @@ def check_experts(c: Config) -> None:
     check(c.router in ("softmax", "sigmoid"), f"A router scores by softmax or sigmoid, not by {c.router!r}.")
     check(c.balance in ("loss", "bias", "none"), f"balance is loss, bias or none; not {c.balance!r}.")
     check(any(map(c.is_sparse, range(c.n_layer))), "dense_layers leaves no layer to the experts: name fewer.")
+    check(c.gated and c.act == "silu" and not c.mlp_bias, "Experts are SwiGLU networks without a bias.")
     check(c.n_expert % c.n_group == 0 and c.topk_group <= c.n_group,
           f"{c.n_expert} experts do not go into {c.n_group} groups with {c.topk_group} of them open.")
     reachable = c.n_expert // c.n_group * c.topk_group
@@ -243,19 +246,22 @@ MIXTRAL_NAMES = {".mlp.gate.": ".block_sparse_moe.gate.", ".mlp.experts.": ".blo
 SIGMOID = {"router": "sigmoid", "router_bias": True}
 DEEPSEEK_V3 = {"norm_topk_prob": True, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 V2_METHODS = {False: "greedy", True: "group_limited_greedy"}  # does it choose groups first?
-LATENT = {"interleaved": True, "dense_layers": "first", "ignored": r"\.layers\.{n_layer}\."}  # predicts a 2nd token
+# One layer more, in DeepSeek-V3's files, predicts the token after the next: the class has no use for it.
+LATENT = {"interleaved": True, "dense_layers": "first", "ignored": r"\.layers\.{n_layer}\."}
 FAMILIES = {
     "MixtralForCausalLM": Family("mixtral", {}, MIXTRAL_KEYS, window="all", renames=MIXTRAL_NAMES),
     "Qwen2MoeForCausalLM": Family(
         "qwen2_moe", {"qkv_bias": True, "shared_gate": True}, QWEN_KEYS | {"head_dim": None}, window="any",
-        renames={".shared_experts.": ".shared_expert."}, defaults={"norm_topk_prob": False}, dense_layers="any"),
+        renames={".shared_experts.": ".shared_expert."}, dense_layers="any",
+        defaults={"norm_topk_prob": False}),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", {"qk_norm": True}, QWEN_KEYS, window="any", dense_layers="any",
                                   defaults={"norm_topk_prob": False}),
     "Dots1ForCausalLM": Family("dots1", {"qk_norm": True, **SIGMOID}, DEEPSEEK_KEYS, dense_layers="first",
                                defaults=DEEPSEEK_V3 | {"norm_topk_prob": False}, has_score=False),
     "DeepseekV2ForCausalLM": Family(
         "deepseek_v2", {"router_normalize": False}, DEEPSEEK_KEYS | LATENT_KEYS, **LATENT,
-        neutral={"norm_topk_prob": False, "scoring_func": "softmax", "topk_method": tuple(V2_METHODS.values())},
+        neutral={"norm_topk_prob": False, "scoring_func": "softmax",
+                 "topk_method": tuple(V2_METHODS.values())},
         defaults={"n_shared_experts": 2, "topk_method": "greedy"}),
     "DeepseekV3ForCausalLM": Family("deepseek_v3", SIGMOID, DEEPSEEK_KEYS | LATENT_KEYS, **LATENT,
                                     neutral={"scoring_func": "sigmoid"}, defaults=DEEPSEEK_V3),
@@ -266,9 +272,12 @@ def experts_from_hf(hf: dict, family: Family, fields: dict) -> dict:
     n_expert = fields.get("n_expert") or hf.get("num_local_experts") or hf.get("num_experts")
     check(n_expert, f"config.json does not say {family.keys['n_expert']}.")
     found = {"n_expert": n_expert}
+    shared = fields.get("n_expert_shared", 1)
     if "shared_gate" in family.fixed:
-        found["n_expert_shared"], rest = divmod(hf.get("shared_expert_intermediate_size", 0), fields["expert_dim"])
+        shared, rest = divmod(hf.get("shared_expert_intermediate_size", 0), fields["expert_dim"])
         check(not rest, "A shared expert of another width than some experts together is not supported.")
+        found["n_expert_shared"] = shared
+    check(shared, "config.json says that there are no shared experts, which its class always has.")
     if hf.get("topk_method") == V2_METHODS[False]:
         found |= {"n_group": 1, "topk_group": 1}  # it says some, and does without
     step = hf.get("decoder_sparse_step", 1)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import (  # before torch
     IGNORE, Batches, Block, Config, Transformer, build_optimizer, load_moe, make_config, open_data,
-    rope_angles,
+    rope_angles, rope_frequencies,
 )
 
 import parallel
@@ -305,7 +305,7 @@ def split_a_block():
         for (name, p), q in zip(whole.named_parameters(), small.parameters(), strict=True):
             q.copy_(share_of_block(name, p))
     x = torch.randn(2, 6, 32, requires_grad=True)
-    cos, sin = rope_angles(torch.arange(6), 8, 1e4)
+    cos, sin = rope_angles(torch.arange(6), *rope_frequencies(config, torch.arange(6)))
     y = parallel.split_block(small, x, cos, sin, "causal", None)
     y.square().sum().backward()
     mine = {n: p.grad for n, p in small.named_parameters()}

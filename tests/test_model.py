@@ -130,12 +130,17 @@ def test_one_window_serves_all_layers():
 @pytest.mark.parametrize(
     "changes, word",
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
         ({"architectures": None}, "cannot be opened"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"attention_bias": True}, "bias"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn does not say factor"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta": 1}}, "no use for beta"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": -4.0}}, "factor -4.0"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": [4.0]}}, "factor"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": "x", "factor": 2}}, "rope_theta 'x'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"rope_parameters": {"rope_type": ["yarn"], "factor": 4.0}}, "yarn"),
+        ({"hidden_act": "mish"}, "mish"),
+        ({"mlp_bias": True}, "mlp_bias"),
     ],
 )
 def test_folder_of_something_else_is_refused_in_a_sentence(changes, word):
@@ -187,7 +192,7 @@ def test_published_models_have_the_parameters_that_they_are_known_for(name):
 @pytest.mark.parametrize("config", [c for cs in CONFIGS.values() for c in cs] + OWN)
 def test_weights_that_multiply_a_token_are_those_of_the_matrices(config):
     linear = [m for m in Transformer(config).modules() if isinstance(m, torch.nn.Linear)]
-    assert config.matrix_params == sum(m.weight.numel() for m in linear)
+    assert octavo.count_weights(config)[2] == sum(m.weight.numel() for m in linear)
 
 
 def test_flops_per_token_by_hand():
@@ -195,10 +200,10 @@ def test_flops_per_token_by_hand():
     count = {None: sum(range(1, T + 1)), 3: 1 + 2 + 3 * 6, 100: sum(range(1, T + 1))}  # keys seen by 8 tokens
     for window, keys in count.items():
         config = TINY.replace(window=(window, window))
-        assert config.flops_per_token(T) == pytest.approx(6 * config.matrix_params + 2 * per_key * keys / T)
+        assert octavo.flops_per_token(config, T) == pytest.approx(6 * octavo.count_weights(config)[2] + 2 * per_key * keys / T)
     both = TINY.replace(causal=False)
-    assert both.flops_per_token(T) == pytest.approx(6 * both.matrix_params + 2 * per_key * T)
-    assert TINY.flops_per_token() == TINY.flops_per_token(TINY.seq_len)
+    assert octavo.flops_per_token(both, T) == pytest.approx(6 * octavo.count_weights(both)[2] + 2 * per_key * T)
+    assert octavo.flops_per_token(TINY) == octavo.flops_per_token(TINY, TINY.seq_len)
 
 
 RESIZED = [  # preset, what is given -> n_head, n_kv_head, head_dim, ffn_dim
@@ -312,11 +317,15 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
+def frequencies(width):
+    return octavo.rope_frequencies(TINY.replace(head_dim=width), torch.arange(1))[0]
+
+
 def test_rope_depends_on_the_distance_only():
     q, k = randn(1, 1, 1, 16, dtype=torch.float64), randn(1, 1, 1, 16, seed=1, dtype=torch.float64)
 
     def product(i, j):
-        a, b = (octavo.rope_angles(torch.tensor([position]), 16, 1e4) for position in (i, j))
+        a, b = (octavo.rope_angles(torch.tensor([position]), frequencies(16)) for position in (i, j))
         return (octavo.apply_rope(q, *a) * octavo.apply_rope(k, *b)).sum().item()
 
     assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-4)
@@ -325,14 +334,14 @@ def test_rope_depends_on_the_distance_only():
 
 
 def test_rope_angles_at_far_positions_are_exact():
-    cos, _ = octavo.rope_angles(torch.tensor([100_000]), 8, 1e4)
+    cos, _ = octavo.rope_angles(torch.tensor([100_000]), frequencies(8))
     exact = [math.cos(100_000 * 1e4 ** (-2 * i / 8)) for i in range(4)]
     assert cos.dtype == torch.float32
     assert cos.flatten().tolist() == pytest.approx(exact, abs=1e-2)
 
 
 def test_rope_gradient_is_autograds():
-    cos, sin = octavo.rope_angles(torch.arange(5), 8, 1e4)
+    cos, sin = octavo.rope_angles(torch.arange(5), frequencies(8))
     grads = []
     for f in (octavo.apply_rope, rotate):
         x = randn(2, 5, 3, 8).requires_grad_()

@@ -1,11 +1,10 @@
 """Every open family: their folders give their logits here, and ours, saved as one of them, the same there."""
 
-import json
 
 import model as octavo
 import pytest
 import torch
-from model import Cache, Config, UserError, generate, load_model, save_checkpoint
+from model import Cache, generate, load_model, save_checkpoint
 
 transformers = pytest.importorskip("transformers", reason="transformers is in requirements-dev.txt")
 
