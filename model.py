@@ -990,25 +990,83 @@ def settle(config: Config) -> dict:
     return {"window": () if set(window) == {None} else window, "dense_layers": tuple(c.dense_layers),
             "eos_id": eos_id, "head_dim": head_dim, "rope_theta": theta, "rope_scaling": tuple(how.items())}
 
-# Sizes by name. `nano` learns in a minute, `micro` in the minutes of the default run; `small` is GPT-2's.
-LLAMA = Config(norm_eps=1e-5, qk_norm=False, tie=False, head_dim=128, vocab_size=32_000, seq_len=4096)
-PRESETS = {
-    "nano": Config(n_layer=4, n_head=4, n_kv_head=4, n_embd=128, head_dim=32, ffn_dim=384, seq_len=128),
-    "micro": Config(n_layer=4, n_head=3, n_kv_head=3, n_embd=192, ffn_dim=512),
-    "mini": Config(n_layer=6, n_head=6, n_kv_head=6, n_embd=384, ffn_dim=1024),
-    "small": Config(n_layer=12, n_head=12, n_kv_head=12, n_embd=768, ffn_dim=2048, seq_len=1024),
-    "medium": Config(n_layer=24, n_head=16, n_kv_head=8, n_embd=1024, ffn_dim=2816, seq_len=1024),
-    "1b": Config(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, ffn_dim=8192, seq_len=4096, rope_theta=5e5),
-    "llama-2-7b": LLAMA.replace(n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, ffn_dim=11_008),
-    "llama-2-70b": LLAMA.replace(n_layer=80, n_head=64, n_kv_head=8, n_embd=8192, ffn_dim=28_672),
-    "llama-3-8b": LLAMA.replace(vocab_size=128_256, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096,
-                                ffn_dim=14_336, seq_len=8192, rope_theta=5e5),
-    "mixtral-8x7b": LLAMA.replace(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, ffn_dim=14_336,
-                                  seq_len=32_768, rope_theta=1e6, n_expert=8, expert_dim=14_336),
-    "qwen3-30b-a3b": Config(vocab_size=151_936, n_layer=48, n_head=32, n_kv_head=4, n_embd=2048, head_dim=128,
-                            ffn_dim=6144, seq_len=40_960, tie=False, rope_theta=1e6, n_expert=128,
-                            n_expert_active=8, expert_dim=768),
-}
+def sizes(base: Config, rows: str) -> dict[str, Config]:
+    """Read sizes, a line each: name, layers, heads, key-value heads, width, feed-forward width, head width."""
+    found = {}
+    for row in rows.strip().splitlines():
+        name, *numbers = row.split()
+        n_layer, n_head, n_kv_head, n_embd, ffn_dim, *head_dim = map(int, numbers)
+        head_dim = head_dim[0] if head_dim else n_embd // n_head
+        found[name] = base.replace(n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd,
+                                   ffn_dim=ffn_dim, head_dim=head_dim, window=base.window[:1])
+    return found
+
+# `nano` learns in a minute, `micro` in the minutes of the default run; `small` is GPT-2's size.
+OURS = sizes(Config(), """
+    nano     4  4  4   128   384
+    micro    4  3  3   192   512
+    mini     6  6  6   384  1024
+    small   12 12 12   768  2048
+    medium  24 16  8  1024  2816
+    1b      16 32  8  2048  8192""")
+CONTEXTS = {"nano": 128, "small": 1024, "medium": 1024, "1b": 4096}
+LLAMA = Config(norm_eps=1e-5, qk_norm=False, tie=False, vocab_size=32_000, seq_len=4096)
+LLAMA_3 = LLAMA.replace(vocab_size=128_256, seq_len=8192, rope_theta=5e5)
+LLAMA_31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192}
+QWEN_25 = LLAMA.replace(vocab_size=151_936, seq_len=32_768, rope_theta=1e6, qkv_bias=True, norm_eps=1e-6)
+GPT_3 = LLAMA.replace(position="learned", norm="layer", act="gelu_new", gated=False, tie=True, qkv_bias=True,
+                      o_bias=True, mlp_bias=True, vocab_size=50_257, seq_len=2048)
+MIXTRAL = LLAMA.replace(seq_len=32_768, rope_theta=1e6, n_expert=8)
+DEEPSEEK = LLAMA.replace(
+    norm_eps=1e-6, seq_len=163_840, kv_rank=512, q_rank=1536, nope_dim=128, rope_dim=64, v_dim=128, n_group=8,
+    rope_scaling={"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096,
+                  "mscale": 1.0, "mscale_all_dim": 1.0})
+PRESETS = {name: c.replace(seq_len=CONTEXTS.get(name, 256)) for name, c in OURS.items()}
+PRESETS["1b"] = PRESETS["1b"].replace(rope_theta=5e5)
+PUBLISHED = [  # what the rows have in common, the rows
+    (GPT_3, "gpt-3-175b 96 96 96 12288 49152"),
+    (LLAMA.replace(norm_eps=1e-6, seq_len=2048), """
+        llama-7b          32   32  32   4096  11008
+        llama-13b         40   40  40   5120  13824
+        llama-30b         60   52  52   6656  17920
+        llama-65b         80   64  64   8192  22016"""),
+    (LLAMA, """
+        llama-2-7b        32   32  32   4096  11008
+        llama-2-13b       40   40  40   5120  13824
+        llama-2-70b       80   64   8   8192  28672"""),
+    (LLAMA_3, """
+        llama-3-8b        32   32   8   4096  14336
+        llama-3-70b       80   64   8   8192  28672"""),
+    (LLAMA_3.replace(seq_len=131_072, rope_scaling=LLAMA_31), "llama-3.1-405b 126 128 8 16384 53248"),
+    (LLAMA.replace(seq_len=32_768, window=4096), "mistral-7b 32 32 8 4096 14336"),
+    (MIXTRAL.replace(expert_dim=14_336), "mixtral-8x7b 32 32 8 4096 14336"),
+    (MIXTRAL.replace(expert_dim=16_384, seq_len=65_536), "mixtral-8x22b 56 48 8 6144 16384"),
+    (LLAMA.replace(norm_plus_one=True, scale_embedding=True, act="gelu_pytorch_tanh", tie=True, norm_eps=1e-6,
+                   vocab_size=256_000, seq_len=8192), """
+        gemma-2b          18    8   1   2048  16384  256
+        gemma-7b          28   16  16   3072  24576  256"""),
+    (QWEN_25.replace(tie=True), """
+        qwen2.5-0.5b      24   14   2    896   4864
+        qwen2.5-1.5b      28   12   2   1536   8960
+        qwen2.5-3b        36   16   2   2048  11008"""),
+    (QWEN_25.replace(vocab_size=152_064), """
+        qwen2.5-7b        28   28   4   3584  18944
+        qwen2.5-14b       48   40   8   5120  13824
+        qwen2.5-32b       64   40   8   5120  27648
+        qwen2.5-72b       80   64   8   8192  29568"""),
+    (Config(vocab_size=151_936, seq_len=40_960, tie=False, rope_theta=1e6, n_expert=128, n_expert_active=8,
+            expert_dim=768), "qwen3-30b-a3b 48 32 4 2048 6144 128"),
+    (LLAMA.replace(vocab_size=32_064, window=2047), "phi-3-3.8b 32 32 32 3072 8192"),
+    (DEEPSEEK.replace(vocab_size=102_400, n_expert=160, n_expert_active=6, n_expert_shared=2, expert_dim=1536,
+                      dense_layers=(0,), topk_group=3, router_scale=16.0, router_normalize=False),
+     "deepseek-v2 60 128 128 5120 12288"),
+    (DEEPSEEK.replace(vocab_size=129_280, n_expert=256, n_expert_active=8, n_expert_shared=1, expert_dim=2048,
+                      dense_layers=(0, 1, 2), topk_group=4, router_scale=2.5, router="sigmoid",
+                      router_bias=True), "deepseek-v3 61 128 128 7168 18432"),
+]
+for base, rows in PUBLISHED:
+    PRESETS |= sizes(base, rows)
 
 def round_up(n: int, multiple: int = 64) -> int:
     """Round a size up, since matrix kernels like whole tiles: 76 -> 128."""
@@ -2087,7 +2145,7 @@ class TrainOptions(RunOptions):
     data: Annotated[list[str], opt("Data", "Folder, or FOLDER:WEIGHT; several are mixed.")] = ("data/python",)
     tokens_per_step: Annotated[int, opt("Data", "Tokens of a step, over all ranks.", low=1)] = 4096
     micro_batch: Annotated[int | None, opt("Data", "Sequences at once: memory and speed only.", low=1)] = None
-    preset: Annotated[str, opt("Model", f"One of {', '.join(PRESETS)}.", one_of=PRESETS)] = "micro"
+    preset: Annotated[str, opt("Model", f"{', '.join(OURS)}; or a published size.", one_of=PRESETS)] = "micro"
     n_layer: Annotated[int | None, opt("Model", "Layers, instead of the preset's.", low=1)] = None
     n_embd: Annotated[int | None, opt("Model", "Width; heads and feed-forward follow it.", low=1)] = None
     seq_len: Annotated[int | None, opt("Model", "Context in tokens.", low=1)] = None

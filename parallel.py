@@ -207,6 +207,10 @@ class Layout:
         """Count the ranks that share one copy of the weights: Muon's matrices are dealt out to them."""
         return self.tp * (self.dp if self.zero else 1) if self.optimizer == "muon" else 1
 
+# Fields of Config that the plan of `split_tensors` does not know.
+WHOLE = ("position", "norm", "norm_plus_one", "post_norm", "parallel_block", "gated", "o_bias", "mlp_bias",
+         "head_bias", "scale_embedding", "kv_rank")
+
 def check_layout(layout: Layout, world: int, config: Config) -> None:
     """Refuse a layout that cannot be, and name the nearest one that can."""
     dp, tp, zero = layout.dp, layout.tp, layout.zero
@@ -222,6 +226,8 @@ def check_layout(layout: Layout, world: int, config: Config) -> None:
           f"--dp {world // near} --tp {near}.")
     check(tp == 1 or not config.n_expert,
           "A mixture of experts cannot be split by --tp yet: use --dp, with --zero 3 where memory is short.")
+    odd = [name for name in WHOLE if getattr(config, name) != getattr(Config, name)]
+    check(tp == 1 or not odd, f"A model with {', '.join(odd)} cannot be split by --tp yet: use --dp.")
     check(dp % layout.replicate == 0 and (layout.replicate == 1 or zero >= 2),
           f"--replicate {layout.replicate} has to divide --dp {dp}, and needs --zero 2 or 3.")
     check(not layout.sequence or (tp > 1 and config.seq_len % tp == 0),
@@ -860,7 +866,7 @@ def assess(o: Options, layout: Layout, model: Transformer, val: list[Tokens], we
 # ---- Commands ----------------------------------------------------------------------------------------------
 
 def plan(
-    preset: Annotated[str, typer.Option(help=f"Shape of the model: {', '.join(PRESETS)}.")] = "llama-2-70b",
+    preset: Annotated[str, typer.Option(help="Shape of the model: `bench.py sizes` lists them.")] = "llama-2-70b",
     gpus: Annotated[int, typer.Option(help="Ranks in all.")] = 512,
     memory: Annotated[float, typer.Option(help="Of each, in GB (1e9 bytes).")] = 80.0,
     per_node: Annotated[int, typer.Option(help="Ranks with fast links: --tp stays within.")] = 8,
