@@ -434,6 +434,8 @@ class Transformer(nn.Module):
         if c.scale_embedding:
             x = x * torch.tensor(math.sqrt(c.n_embd), dtype=x.dtype)  # rounded as the weights are (Gemma)
         if c.position == "learned":
+            last = int(positions.max())
+            check(last < c.seq_len, f"The model has learned {c.seq_len} places, and {last + 1} are asked for.")
             x = x + self.embed_positions(positions.clamp(min=0))
         return x
 
@@ -1267,11 +1269,12 @@ def config_from_hf(hf: dict) -> Config:
     keys = KEYS | family.keys
     hf = family.defaults | hf
     if keys["ffn_dim"] == "n_inner":  # GPT-2's default
-        hf["n_inner"] = hf.get("n_inner") or 4 * hf.get("n_embd", 0)
+        hf["n_inner"] = hf.get("n_inner") or hf.get("n_embd") and 4 * hf["n_embd"]
     missing = [keys[field] for field in ("vocab_size", "n_layer", "n_head", "n_embd", "ffn_dim")
                if hf.get(keys[field]) is None]
     check(not missing, f"config.json does not say {', '.join(missing)}.")
     read = {key for field, key in keys.items() if field not in family.fixed}
+    read |= set(NAMES if family is OWN else ())
     for key, neutral in (NEUTRAL | family.neutral).items():
         values = neutral if isinstance(neutral, tuple) else (neutral,)
         value = hf.get(key)
@@ -1279,7 +1282,9 @@ def config_from_hf(hf: dict) -> Config:
               f"config.json says {key} {value!r:.60}, which is not supported.")
     fields = {field: hf[key] for field, key in keys.items() if key and hf.get(key) is not None}
     n_layer, heads = fields["n_layer"], fields["n_head"]
-    check(is_a(heads, int) and heads > 0, f"config.json says {keys['n_head']} {heads!r:.60}.")
+    for field in ("n_layer", "n_head", "n_embd"):
+        fine = is_a(fields[field], int) and fields[field] > 0
+        check(fine, f"config.json says {keys[field]} {fields[field]!r:.60}; it has to be a positive number.")
     fields = {"head": head, "tie": False, "n_kv_head": heads, "head_dim": fields["n_embd"] // heads} | fields
     fields |= rope_from_hf(hf, family, fields)
     if family is OWN:
@@ -1522,6 +1527,9 @@ def find_checkpoint(folder: str | Path, shards: bool = False) -> Path:
     if (folder / "config.json").is_file() and (weight_files(folder) or (shards and sharded)):
         return folder
     check(not sharded, f"{folder} holds the shards of a run: python parallel.py export {folder} joins them.")
+    pickled = [p.name for p in folder.glob("*.bin") if (folder / "config.json").is_file()]
+    check(not pickled, f"{folder} holds its weights as {', '.join(pickled[:1])}, which could run any code: save "
+          "them as safetensors (transformers does with save_pretrained).")
     raise UserError(f"{folder} holds no checkpoint (config.json, model.safetensors): train one first.")
 
 def weight_files(folder: Path) -> dict[Path, list[str] | None]:

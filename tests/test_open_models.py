@@ -1,10 +1,12 @@
 """Every open family: their folders give their logits here, and ours, saved as one of them, the same there."""
 
 
+import json
+
 import model as octavo
 import pytest
 import torch
-from model import Cache, generate, load_model, save_checkpoint
+from model import Cache, Config, UserError, generate, load_model, save_checkpoint
 
 transformers = pytest.importorskip("transformers", reason="transformers is in requirements-dev.txt")
 
@@ -86,7 +88,7 @@ def make(name: str, sizes: dict):
     torch.manual_seed(0)
     net = cls(config).float().eval()
     with torch.no_grad():
-        for key, p in net.named_parameters():
+        for p in net.parameters():
             p.copy_(torch.randn_like(p) * (0.3 if p.dim() < 2 else p.shape[-1] ** -0.5) + (p.dim() < 2) * p)
         for key, b in net.named_buffers():
             if key.endswith("correction_bias"):
@@ -123,3 +125,182 @@ def test_a_published_folder_is_what_it_is_there(case, tmp_path):
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(again(x).logits, expected, atol=1e-4, rtol=0)
     assert load_model(tmp_path / "ours").config == ours.config
+
+
+# ---- What holds for every way of positions
+
+
+TINY = Config(vocab_size=64, seq_len=48, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, ffn_dim=48)
+LATENT = TINY.replace(kv_rank=16, nope_dim=8, rope_dim=8, v_dim=12, n_kv_head=4, qk_norm=False)
+WAYS = {
+    "rope": TINY, "half rotated": TINY.replace(rope_dim=4), "latent": LATENT, "latent, low rank": LATENT.replace(q_rank=12),
+    "linear": TINY.replace(rope_scaling=LINEAR | {"rope_theta": None}),
+    "ntk": TINY.replace(rope_scaling={"rope_type": "ntk", "factor": 4.0}),
+    "yarn": TINY.replace(rope_scaling=YARN | {"rope_theta": None}),
+    "llama3": TINY.replace(rope_scaling=LLAMA3 | {"rope_theta": None}),
+    "alibi": TINY.replace(position="alibi"), "alibi, three heads": TINY.replace(position="alibi", n_head=3, n_kv_head=1),
+    "none": TINY.replace(position="none"), "learned": TINY.replace(position="learned"),
+    "window": TINY.replace(window=5), "window and global": TINY.replace(window=5, global_tokens=2),
+    "window, alibi": TINY.replace(window=(5, None), position="alibi"), "capped": TINY.replace(attn_cap=1.0, window=(5, None)),
+    "after norms": TINY.replace(post_norm=True, norm_plus_one=True, scale_embedding=True, attn_scalar=20.0),
+    "parallel": TINY.replace(parallel_block=True, norm="layer", gated=False, mlp_bias=True, o_bias=True, head_bias=True),
+}
+
+
+def ours(config, seed=0):
+    """Build a model of ours whose biases and norms make a difference, too."""
+    net = octavo.Transformer(config).init_weights(seed).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.dim() < 2:
+                p += 0.3 * torch.randn(p.shape, generator=generator)
+    return net
+
+
+def draw(B, T, seed=0):
+    return torch.randint(64, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_the_positions(way, tmp_path):
+    """A later token changes nothing; a cache, padding and a folder neither."""
+    net, x = ours(WAYS[way]), draw(2, 20)
+    logits = net(x)[0]
+    y = x.clone()
+    y[:, 12] = (y[:, 12] + 1) % 64
+    torch.testing.assert_close(net(y)[0][:, :12], logits[:, :12], atol=1e-6, rtol=0)
+    assert (net(y)[0][:, 12:] - logits[:, 12:]).abs().max() > 1e-3
+    for chunks in ([1] * 20, [7, 1, 12]):
+        cache = Cache(net.config, 2, 20)
+        cached = torch.cat([net(part, cache=cache)[0] for part in x.split(chunks, 1)], 1)
+        torch.testing.assert_close(cached, logits, atol=1e-5, rtol=0)
+    left = torch.cat((draw(2, 5, seed=9), x), 1)
+    positions = torch.cat((torch.full((5,), -1), torch.arange(20))).expand(2, -1)
+    torch.testing.assert_close(net(left, positions=positions)[0][:, 5:], logits, atol=1e-5, rtol=0)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    save_checkpoint(tmp_path / "out", net, tmp_path / "tokenizer.json")
+    again = load_model(tmp_path / "out")
+    assert again.config == net.config and torch.equal(again(x)[0], logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", WAYS)
+def test_a_text_may_begin_anywhere(way):
+    """All positions shifted: the same, but where places are learned or some tokens are global."""
+    net, x = ours(WAYS[way]), draw(2, 12)
+    shifted = net(x, positions=torch.arange(12) + 9)[0]
+    same = way not in ("learned", "window and global")
+    assert torch.allclose(shifted, net(x)[0], atol=2e-4) == same
+
+
+def test_alibi_is_a_penalty_that_grows_with_the_distance():
+    """Slopes as in the paper, section 3 and its code: also where the heads are no power of two."""
+    assert octavo.alibi_slopes(8) == [2.0**-i for i in range(1, 9)]
+    assert octavo.alibi_slopes(12)[8:] == [2.0**-x for x in (0.5, 1.5, 2.5, 3.5)]
+    positions = torch.arange(6)
+    mask = octavo.visible(positions, positions)[None]
+    bias = octavo.alibi_bias(mask, positions, positions, 12)
+    for head, slope in enumerate(octavo.alibi_slopes(12)):
+        for q in range(6):
+            for k in range(6):
+                assert bias[0, head, q, k] == pytest.approx(-slope * (q - k) if k <= q else -torch.inf)
+
+
+def test_a_global_token_is_seen_beyond_the_window():
+    positions = torch.arange(6)
+    seen = octavo.visible(positions, positions, window=2, n_global=1)
+    assert seen.int().tolist()[4] == [1, 0, 0, 1, 1, 0] and not seen[0, 1]
+
+
+def test_learned_places_end():
+    net = ours(WAYS["learned"])
+    with pytest.raises(UserError, match="learned 48 places"):
+        net(draw(1, 49))
+    with pytest.raises(UserError, match="learned 48 places"):
+        generate(net, draw(1, 40).tolist(), 10)
+
+
+@pytest.mark.parametrize("way", ["rope", "yarn", "alibi", "latent", "capped", "parallel", "after norms"])
+def test_a_block_is_compiled_whole(way):
+    net = ours(WAYS[way]).train()
+    x = draw(2, 16)
+    explained = torch._dynamo.explain(lambda x: net(x, x)[0].sum())(x)
+    assert explained.graph_break_count == 0
+
+
+# ---- Folders that cannot be opened
+
+
+def published(tmp_path, case="LLaMA, all heads"):
+    make(*CASES[case]).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def change_config(folder, **changes):
+    facts = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(facts | changes))
+
+
+@pytest.mark.parametrize("case, changes, word", [
+    ("LLaMA, all heads", {"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM"),
+    ("LLaMA, all heads", {"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditionalGeneration"),
+    ("LLaMA, all heads", {"num_hidden_layers": 4}, "lacks 9 tensors"),
+    ("LLaMA, all heads", {"num_hidden_layers": 2}, "no place"),
+    ("LLaMA, all heads", {"intermediate_size": 50}, "not floats of"),
+    ("LLaMA, all heads", {"rope_parameters": LINEAR | {"factor": "4"}}, "factor"),
+    ("LLaMA, all heads", {"hidden_size": 10**7, "intermediate_size": 10**8}, "GiB"),
+    ("Qwen3-MoE", {"num_experts": 9000, "moe_intermediate_size": 10**8}, "GiB"),
+    ("Qwen2-MoE", {"shared_expert_intermediate_size": 50}, "shared expert"),
+    ("Gemma 3", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),
+    ("Gemma", {"hidden_activation": "relu"}, "hidden_activation"),
+    ("Phi-4-mini", {"rope_parameters": LONG | {"long_factor": [1.0, 2.0]}}, "long_factor"),
+    ("Phi-2", {"partial_rotary_factor": "half", "rope_parameters": None}, "partial_rotary_factor"),
+    ("Phi-2", {"qk_layernorm": True}, "qk_layernorm"),
+    ("GPT-2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    ("GPT-2", {"n_embd": "many"}, "n_embd"),
+    ("DeepSeek-V3", {"rope_interleave": False}, "rope_interleave"),
+    ("DeepSeek-V3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+    ("DeepSeek-V2", {"topk_method": "noaux_tc"}, "topk_method"),
+    ("DeepSeek-V2", {"n_shared_experts": 0}, "shared experts"),
+    ("DeepSeek-V2", {"v_head_dim": None}, "v_dim"),
+], ids=str)  # fmt: skip
+def test_a_folder_that_says_something_else_is_refused(case, changes, word, tmp_path):
+    folder = published(tmp_path, case)
+    change_config(folder, **changes)
+    with pytest.raises(UserError, match=word):
+        load_model(folder)
+
+
+def test_pickled_weights_are_never_opened(tmp_path):
+    folder = published(tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pytorch_model.bin"):
+        load_model(folder)
+
+
+def test_a_shard_that_is_absent_or_elsewhere(tmp_path):
+    folder = tmp_path / "a"
+    make(*CASES["LLaMA, all heads"]).save_pretrained(folder, max_shard_size="20KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shard = sorted(set(index["weight_map"].values()))[-1]
+    (folder / shard).rename(tmp_path / shard)
+    with pytest.raises(UserError, match=f"{shard} is missing"):
+        load_model(folder)
+    index["weight_map"] = {name: f"../{shard}" if file == shard else file for name, file in index["weight_map"].items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="outside of its folder"):
+        load_model(folder)
+
+
+def test_weights_stay_as_they_are_stored(tmp_path):
+    make(*CASES["Gemma 2"]).bfloat16().save_pretrained(tmp_path / "in")
+    net = load_model(tmp_path / "in")
+    assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
+    (tmp_path / "tokenizer.json").write_text("{}")
+    save_checkpoint(tmp_path / "out", net, tmp_path / "tokenizer.json")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    again = load_model(tmp_path / "out")
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), again.parameters(), strict=True))
+    assert load_model(tmp_path / "in", dtype=torch.float32).norm.weight.dtype == torch.float32
