@@ -865,7 +865,7 @@ def greedy(logits):  # (B, V) -> (B,)
 def generate(model, prompts, max_new_tokens, pick=greedy, eos_id=(), samples=1, rows=256) -> list[list[int]]:
     """Continue each prompt -> the new ids of each, up to and with eos_id (one id, or several).
 
-    max_new_tokens: one number for all, or a list with each prompt's. pick: logits (B, V) -> ids (B,);
+    max_new_tokens: one number for all, or a list with each prompt's; learned places may end sooner. pick: logits (B, V) -> ids (B,);
     sample.py has others. samples: so many continuations of each prompt, one after the other in the result.
     rows: the most texts at once, but all samples of a prompt; prompts of like length are read together, so
     that little padding is read.
@@ -875,6 +875,9 @@ def generate(model, prompts, max_new_tokens, pick=greedy, eos_id=(), samples=1, 
     device = next(model.parameters()).device
     stop = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    if model.config.position == "learned":
+        places = model.config.seq_len + 1  # (the last token of a text is not read)
+        limits = [min(n, places - len(prompt)) for n, prompt in zip(limits, prompts, strict=True)]
     out = [[] for _ in range(len(prompts) * samples)]
     order = sorted((i for i, n in enumerate(limits) if n > 0), key=lambda i: -len(prompts[i]))
     size = max(1, rows // samples)
@@ -1111,6 +1114,7 @@ KEYS = {
 }
 NAMES = list(Config.__dataclass_fields__)
 TRAINING = ("dropout", "balance", "balance_rate", "z_loss", "capacity")  # no checkpoint carries these
+CONTEXT = ("rope_theta", "rope_scaling", "window", "global_tokens")  # no weight depends on these
 EXPERT_FIELDS = (*NAMES[NAMES.index("n_expert_active") : NAMES.index("dropout")], *TRAINING[1:])
 SCORE = "ForSequenceClassification"  # ends the name of a stock class with a score head
 # Keys of config.json that change what is computed, and the values at which they do not: others are refused,
@@ -2232,14 +2236,18 @@ def make_config(o: TrainOptions, tokens: Tokens, saved: bool = False, **fields) 
         ids["pad_id"] = load_tokenizer(tokens.folder).pad_id
         return resize(o.preset, o.n_layer, o.n_embd, o.seq_len, **fields | ids | o.fields_set)
     sizes = [n for n in ("preset", "n_layer", "n_embd") if getattr(o, n) != getattr(TrainOptions, n)]
-    sizes += o.fields_set.keys() - training.keys()
+    changes = {name: value for name, value in o.fields_set.items() if name in (*TRAINING, *CONTEXT)}
+    sizes += o.fields_set.keys() - changes.keys()
     check(not sizes, f"{', '.join(sizes)} cannot be chosen: the sizes are those of --init {o.init}.")
     config = load_config(o.init)
     check(config.head == "lm", f"--init {o.init} is a reward model: it gives scores, and no next token.")
     texts = {read_tokenizer(Path(folder, "tokenizer.json")) for folder in (o.init, tokens.folder)}
     check(len(texts) == 1, f"{o.init} and {tokens.folder} have "
           f"different tokenizers: give tokenize.py prepare the --tokenizer {o.init}/tokenizer.json.")
-    return config.replace(seq_len=o.seq_len or config.seq_len, **training)
+    seq_len = o.seq_len or config.seq_len
+    check(config.position != "learned" or seq_len == config.seq_len,
+          f"--seq-len {seq_len} cannot be chosen: {o.init} has learned {config.seq_len} places.")
+    return config.replace(seq_len=seq_len, **changes)
 
 def derive(o: TrainOptions, config: Config, world: int, device: torch.device) -> None:
     """Fill in the options that follow from the rest; world: how many ranks read different tokens."""

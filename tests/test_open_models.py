@@ -218,8 +218,7 @@ def test_learned_places_end():
     net = ours(WAYS["learned"])
     with pytest.raises(UserError, match="learned 48 places"):
         net(draw(1, 49))
-    with pytest.raises(UserError, match="learned 48 places"):
-        generate(net, draw(1, 40).tolist(), 10)
+    assert len(generate(net, draw(1, 40).tolist(), 30)[0]) == 9  # the last of them is not read
 
 
 @pytest.mark.parametrize("way", ["rope", "yarn", "alibi", "latent", "capped", "parallel", "after norms"])
