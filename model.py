@@ -435,7 +435,7 @@ class Transformer(nn.Module):
             x = x * torch.tensor(math.sqrt(c.n_embd), dtype=x.dtype)  # rounded as the weights are (Gemma)
         if c.position == "learned":
             last = int(positions.max())
-            check(last < c.seq_len, f"The model has learned {c.seq_len} places, and {last + 1} are asked for.")
+            check(last < c.seq_len, f"A text of {last + 1} tokens: the model has learned {c.seq_len} places.")
             x = x + self.embed_positions(positions.clamp(min=0))
         return x
 
@@ -865,10 +865,10 @@ def greedy(logits):  # (B, V) -> (B,)
 def generate(model, prompts, max_new_tokens, pick=greedy, eos_id=(), samples=1, rows=256) -> list[list[int]]:
     """Continue each prompt -> the new ids of each, up to and with eos_id (one id, or several).
 
-    max_new_tokens: one number for all, or a list with each prompt's; learned places may end sooner. pick: logits (B, V) -> ids (B,);
-    sample.py has others. samples: so many continuations of each prompt, one after the other in the result.
-    rows: the most texts at once, but all samples of a prompt; prompts of like length are read together, so
-    that little padding is read.
+    max_new_tokens: one number for all, or a list with each prompt's; learned places may end a text sooner.
+    pick: logits (B, V) -> ids (B,); sample.py has others. samples: so many continuations of each prompt, one
+    after the other in the result. rows: the most texts at once, but all samples of a prompt; prompts of like
+    length are read together, so that little padding is read.
     """
     check(prompts and all(prompts), "A prompt needs at least one token: begin with the end-of-text token.")
     model.eval()
@@ -996,7 +996,7 @@ def settle(config: Config) -> dict:
             "eos_id": eos_id, "head_dim": head_dim, "rope_theta": theta, "rope_scaling": tuple(how.items())}
 
 def sizes(base: Config, rows: str) -> dict[str, Config]:
-    """Read sizes, a line each: name, layers, heads, key-value heads, width, feed-forward width, head width."""
+    """Read sizes, a line each: name, layers, heads, key-value heads, widths: model, feed-forward, head."""
     found = {}
     for row in rows.strip().splitlines():
         name, *numbers = row.split()
@@ -1532,8 +1532,8 @@ def find_checkpoint(folder: str | Path, shards: bool = False) -> Path:
         return folder
     check(not sharded, f"{folder} holds the shards of a run: python parallel.py export {folder} joins them.")
     pickled = [p.name for p in folder.glob("*.bin") if (folder / "config.json").is_file()]
-    check(not pickled, f"{folder} holds its weights as {', '.join(pickled[:1])}, which could run any code: save "
-          "them as safetensors (transformers does with save_pretrained).")
+    check(not pickled, f"{folder} holds its weights as {', '.join(pickled[:1])}, which could run any code: "
+          "save them as safetensors (transformers does with save_pretrained).")
     raise UserError(f"{folder} holds no checkpoint (config.json, model.safetensors): train one first.")
 
 def weight_files(folder: Path) -> dict[Path, list[str] | None]:

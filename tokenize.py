@@ -926,7 +926,9 @@ def bytes_codec(spec: dict, pattern: str | None):
     return tokens, lambda text: ids[merge_text(encoding, text)]
 
 def make_encoding(ranks: dict, pattern: str):
-    return tiktoken.Encoding("octavo", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    # one special token, which no text is allowed: without any, tiktoken looks for the empty string everywhere
+    special = {"<|special|>": len(ranks)}
+    return tiktoken.Encoding("octavo", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 def merge_text(encoding, text: str) -> np.ndarray:
     try:
@@ -1350,8 +1352,10 @@ class Tokenizer:
 
     def cut_text(self, text: str, special=(), place: int = START):
         """Cut a text into ids of added tokens, and pieces that the model encodes one by one."""
-        whole = text.isascii() or not re.search("[\ud800-\udfff]", text)
-        check(whole, "the text is not UTF-8: a character is cut in half, or a byte is none")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError("the text is not UTF-8: a character is cut in half, or a byte is none") from None
         for piece, i in find_tokens([*self.raw, *(self.added[name] for name in special)], text):
             parts = [("", i)]
             if i is None:

@@ -57,7 +57,7 @@ def hold(name, ours, theirs, texts):
 def test_ids_are_theirs_and_text_comes_back(learned):
     name, ours, theirs = learned
     assert name in ("byte", "char") or ours.n_vocab == 1200
-    hold(name, ours, theirs, [*LANGUAGES, TEXTS[2][:5000], "", " ", "<|endoftext|>", "<unk>", "[UNK]", "<0x0A>", *RANDOM])
+    hold(name, ours, theirs, [*LANGUAGES, TEXTS[2][:5000], "", " ", "<|endoftext|>", "<|special|>", "<unk>", "[UNK]", "<0x0A>", *RANDOM])
     with pytest.raises(tk.UserError, match="half"):
         ours.encode("a\ud800")
 
