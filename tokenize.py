@@ -1445,10 +1445,15 @@ class Tokenizer:
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise UserError(f"The chat template does not take this conversation: {error}.") from None
         contents = [m["content"] for m in messages]
-        if fill_marks(text, contents) != whole:  # some templates trim
-            contents = [content.strip() for content in contents]
+        forms = [contents, [content.strip() for content in contents]]  # some templates trim
+        if reply:  # some leave out what the assistant thought before its earlier answers
+            answers = [m["content"].split("</think>")[-1] if m["role"] == "assistant" else m["content"]
+                       for m in messages]
+            forms += [answers, [answer.lstrip("\n") for answer in answers]]
+            asked = {i: head for i, head in asked.items() if text.startswith(head)}  # others end in <think>
+        contents = next((form for form in forms if fill_marks(text, form) == whole), None)
         fits = [int(i) for i in re.findall(MARK, text)] == list(range(len(messages)))
-        fits = fits and fill_marks(text, contents) == whole and all(map(text.startswith, asked.values()))
+        fits = fits and contents is not None and all(map(text.startswith, asked.values()))
         check(fits, "The chat template changes or leaves out messages, which is not supported.")
         return self.take_apart(text, contents, asked)
 

@@ -371,6 +371,24 @@ def test_templates_that_trim_are_followed_and_those_that_cut_are_not():
         ours.render(TALK)
 
 
+THINKING = """{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>{{ m['content'] }}
+{% else %}{% set said = m['content'] %}{% if '</think>' in said %}{% set said = said.split('</think>')[-1] %}{% endif %}
+A:{{ said }}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}
+A:<think>{% endif %}"""
+
+
+def test_what_was_thought_before_an_earlier_answer_is_left_out_where_the_template_does():
+    ours = train(TEXTS[:1], 400)
+    ours.chat_template = THINKING
+    thought = [m | {"content": "2 + 2 ...</think>" + m["content"]} if m["role"] == "assistant" else m for m in TALK]
+    ask = [{"role": "user", "content": "And a </think> of mine?"}]
+    ids, own = ours.render([*thought, *ask], reply=True)
+    assert (ids, own) == ours.render([*TALK, *ask], reply=True)
+    assert ours.decode(ids).count("</think>") == 1 and ours.decode(ids).endswith("A:<think>")
+    with pytest.raises(tk.UserError, match="changes or leaves out"):
+        ours.render(thought)  # to be trained on: nothing is dropped without a word
+
+
 def test_a_message_without_a_text_is_refused():
     ours = train(TEXTS[:1], 400)
     for message in ({"role": "user", "content": None}, {"role": "user"}, {"role": 1, "content": "a"}):
