@@ -866,7 +866,7 @@ def assess(o: Options, layout: Layout, model: Transformer, val: list[Tokens], we
 # ---- Commands ----------------------------------------------------------------------------------------------
 
 def plan(
-    preset: Annotated[str, typer.Option(help="Shape of the model: `bench.py sizes` lists them.")] = "llama-2-70b",
+    preset: Annotated[str, typer.Option(help="Shape of the model: see `bench.py sizes`.")] = "llama-2-70b",
     gpus: Annotated[int, typer.Option(help="Ranks in all.")] = 512,
     memory: Annotated[float, typer.Option(help="Of each, in GB (1e9 bytes).")] = 80.0,
     per_node: Annotated[int, typer.Option(help="Ranks with fast links: --tp stays within.")] = 8,

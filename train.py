@@ -339,10 +339,9 @@ class Stopper:
 def describe(o: Options, config: Config, sources: list[Tokens], ranks) -> str:
     """Say what is about to be trained, on what, and as which class it is saved."""
     arch = config_to_hf(config)["architectures"][0]
-    why = "has these experts" if config.causal else "is bidirectional"
     kind = f"saved as {arch}"
     if arch.startswith("Octavo"):
-        kind = f'saved as model_type "octavo": no stock class {why}'
+        kind = 'saved as model_type "octavo": no stock class is all that this model is'
     total, active = count_params(config)
     part = f", {active / 1e6:.1f}M of them active" if config.n_expert else ""
     epochs = o.tokens_per_step * o.max_steps / sum(t.n for t in sources)
