@@ -127,6 +127,45 @@ def test_a_published_folder_is_what_it_is_there(case, tmp_path):
     assert load_model(tmp_path / "ours").config == ours.config
 
 
+def as_before(facts: dict) -> dict:
+    """Say the same in the places where config.json had it before rope_parameters."""
+    rope = facts.pop("rope_parameters", {})
+    if "full_attention" in rope:
+        facts["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        facts["sliding_window_pattern"] = 2
+        facts.pop("layer_types")
+        rope = rope["full_attention"]
+    if rope:
+        facts["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        facts["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    kind = rope.pop("rope_type", "default")
+    word = "rope_type" if "rope_local_base_freq" in facts else "type"  # Gemma 3 always said rope_type
+    facts["rope_scaling"] = None if kind == "default" else {word: kind} | rope
+    if kind == "longrope":  # as Phi-3's folders were first published
+        facts["rope_scaling"]["type"] = "su"
+    facts["torch_dtype"] = facts.pop("dtype", None)
+    return facts
+
+
+OLD = ["GPT-2", "LLaMA 3.1", "LLaMA, interpolated", "LLaMA, YaRN", "Mistral", "Mixtral, window", "Qwen2, windows", "Qwen2, YaRN",
+       "Qwen3", "Gemma 2", "Gemma 3, slowed", "Phi-2", "Phi-4-mini", "DeepSeek-V2, YaRN", "DeepSeek-V3, YaRN"]  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", OLD)
+def test_an_older_config_json_says_the_same(case, tmp_path):
+    name, sizes = CASES[case]
+    theirs = make(name, sizes)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(as_before(json.loads(path.read_text()))))
+    x = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(1))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(again(x).logits, theirs(x).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(load_model(tmp_path)(x)[0], theirs(x).logits, atol=1e-4, rtol=0)
+
+
 # ---- What holds for every way of positions
 
 
