@@ -10,13 +10,16 @@ Left out: beam search, penalties for repetition.
     python sample.py out/python --num-samples 3 --seed 1 --json  # one JSON object a sample
     python sample.py out/masked --fill "for i in <|mask|>(10):"  # a folder of `train.py --objective mlm`
     python sample.py out/sft --chat                              # talk with a folder of align.py
+    python sample.py out/python --window 252 --max-new-tokens 9999 --ignore-eos  # on and on, in fixed memory
 
 Top-p: Holtzman et al. 2020 (1904.09751). Top-k: Fan et al. 2018 (1805.04833). Gumbel-max: 1411.0030.
+Attention sinks: Xiao et al. 2023 (2309.17453).
 """
 
 import codecs
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -27,14 +30,15 @@ from pathlib import Path
 from typing import Annotated
 
 from model import (  # before torch: it says how OpenMP's threads wait
-    Cache, Config, UserError, check, command, console, count_weights, find_checkpoint, greedy, load_config,
-    load_model, load_tokenizer, opt, pick_device, pick_dtype, read_json, render, run_app, say,
+    Cache, Config, UserError, apply_rope, check, command, console, count_weights, find_checkpoint, greedy,
+    load_config, load_model, load_tokenizer, opt, pick_device, pick_dtype, read_json, render, rope_angles,
+    rope_frequencies, run_app, say,
 )
 
 import torch
 import typer
 
-# B batch, T query length, V vocabulary.
+# B batch, T query length, V vocabulary, L layers, K KV heads, D head_dim.
 
 @dataclass
 class Options:
@@ -48,6 +52,9 @@ class Options:
     fill: Annotated[str | None, opt("Text", "Fill a text's <|mask|>s (masked models).")] = None
     chat: Annotated[bool, opt("Text", "Talk: /reset forgets, Ctrl-C ends an answer.", "--chat")] = False
     json: Annotated[bool, opt("Text", "A JSON object a sample (text: without prompt).", "--json")] = False
+    window: Annotated[int | None, opt("Memory", "Text without end: see so many last tokens.", low=1)] = None
+    sinks: Annotated[int, opt("Memory", "Beside a --window: keep so many first tokens.", low=0)] = 4
+    summaries: Annotated[int, opt("Memory", "Beside a --window: averages of older tokens.", low=0)] = 0
     temperature: Annotated[float, opt("Choice", "0: greedy, 0.5 to 1: usual, higher: wilder.", low=0)] = 0.7
     top_k: Annotated[int | None, opt("Choice", "Draw among the k likeliest tokens only.", low=1)] = None
     top_p: Annotated[float | None, opt("Choice", "Draw among the likeliest up to p; 1: all.", low=0)] = 0.9
@@ -62,6 +69,8 @@ class Options:
         for mode, useless in USELESS.items():
             given = [f"--{name}" for name in useless if mode in changed and name in changed]
             check(not given, f"--{mode} has no use for {', '.join(given).replace('_', '-')}: leave it out.")
+        stray = self.window is None and {"sinks", "summaries"} & {*changed}
+        check(not stray, "--sinks and --summaries stand beside a --window: give that, too.")
         if self.seed is None:
             self.seed = torch.Generator().seed() % 2**31
 
@@ -70,8 +79,10 @@ OTHER_SETTINGS = {"temperature": None, "top_k": None, "top_p": None, "repetition
                   "typical_p": 1.0, "num_beams": 1, "no_repeat_ngram_size": 0, "stop_strings": None,
                   "suppress_tokens": None, "bad_words_ids": None}
 CHOICE = ("temperature", "top_k", "top_p", "seed")
-USELESS = {"fill": ("prompt", "max_new_tokens", "num_samples", "ignore_eos", "no_cache", *CHOICE),
-           "chat": ("prompt", "fill", "num_samples", "ignore_eos", "no_cache", "json")}
+MEMORY = ("window", "sinks", "summaries")
+USELESS = {"fill": ("prompt", "max_new_tokens", "num_samples", "ignore_eos", "no_cache", *MEMORY, *CHOICE),
+           "chat": ("prompt", "fill", "num_samples", "ignore_eos", "no_cache", *MEMORY, "json"),
+           "window": ("no_cache",)}
 
 # ---- The idea: from logits to a token. Logits (B, V) in, (B, V) out; what is cut off is -inf. --------------
 
@@ -127,21 +138,172 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, n_vocab=None, genera
         logits = keep_top_p(logits, top_p)
     return draw(logits, generator)
 
+# ---- A cache that forgets: text without end in constant memory ---------------------------------------------
+
+class RollingCache(Cache):
+    """Keep the last `window` tokens of a text without end, and what helps beside them, in constant memory.
+
+    A token costs the same however long the text is. The slots are [sinks | summaries | ring]:
+
+    ring       A new token takes the slot of the oldest. If all layers of a model have a window (Mistral) and
+               `window` is no smaller, the logits are exactly the full cache's; sinks and summaries, which no
+               layer would see, are left out.
+    sinks      The first tokens stay: heads of large models leave there the attention that they have no use
+               for, and without those tokens the scores fall apart (2309.17453).
+    summaries  Tokens that leave the window are averaged, `each` consecutive ones in an entry. When all
+               entries are full, neighbours are merged and `each` doubles: all that was forgotten is covered
+               evenly. Keys are averaged as if all stood at position 0; an entry weighs as one token.
+
+    Sinks and summaries stand directly before the window (3.2): no query is further from a key than window +
+    sinks + summaries, so the text may go on beyond the model's context. RoPE is relative: a kept key is
+    rotated on as the window moves, always from the original, so no error adds up.
+
+    Up to `block` tokens may be read at once, T say, and no more than `window`. Without sinks and summaries
+    each sees exactly `window` tokens: the ring is longer by block - 1. With them the T oldest tokens make
+    room first, as in the paper's code: the last of the block sees `window` tokens, the first T - 1 fewer.
+    Rows have equal lengths.
+    """
+
+    limit = 4096  # positions stay below limit + slots, so that their float32 angles stay exact
+
+    def __init__(self, config: Config, batch: int, window: int, sinks: int = 0, summaries: int = 0,
+                 block: int = 1, device=None, dtype=None):
+        check(config.position != "learned", "A model with learned positions has none for a text without end.")
+        check(config.rereads_at is None, "LongRoPE rotates a long text otherwise: it cannot roll on.")
+        check(not config.global_tokens, "A model with global tokens looks back to them: it cannot roll on.")
+        if all(w is not None and w <= window for w in config.windows):
+            window, sinks, summaries = max(config.windows), 0, 0
+        self.sinks, self.summaries, self.block = sinks, summaries, min(block, window)
+        self.fixed = sinks + summaries  # slots beside the ring
+        self.ring = window if self.fixed else window + self.block - 1
+        super().__init__(config, batch, self.fixed + self.ring, device, dtype)
+        self.window = window + self.fixed
+        self.ragged = True  # slots are in no order: the mask goes by their positions
+        self.read = 0  # tokens of the text; n is the next one's position, which is turned back at times
+        self.each = 1  # tokens in a full summary
+        self.config = config
+        keys, values = self.parts
+        self.kept = torch.zeros_like(keys[..., : self.fixed, :])  # sinks as first rotated, summaries at 0
+        self.sums = [torch.zeros_like(x[..., :summaries, :], dtype=torch.float32) for x in (keys, values)]
+        local = [w is not None and config.rope_local_theta is not None for w in config.windows]
+        frequencies = torch.stack([rope_frequencies(config, keys, here)[0] for here in local])
+        self.frequencies = frequencies.view(config.n_layer, 1, 1, 1, -1)  # (L, 1, 1, 1, R/2)
+
+    @property
+    def parts(self):
+        """Give what is cached of keys and is rotated, then the other part; with MLA the former is v."""
+        return (self.v, self.k) if self.config.kv_rank else (self.k, self.v)
+
+    def rotate(self, keys, by):  # (L, B, K, S, D), (S,) -> (L, B, K, S, D)
+        """Rotate keys on by so many positions, each layer's with its own frequencies."""
+        if self.config.position != "rope":
+            return keys
+        cos, sin = rope_angles(by, self.frequencies)  # (L, 1, 1, S, 1, R/2)
+        return apply_rope(keys, cos.squeeze(-2), sin.squeeze(-2))
+
+    def claim(self, positions) -> None:
+        """Take the slots of the oldest tokens for T new ones at consecutive positions (T,)."""
+        check(positions.dim() == 1, "A rolling cache has rows of equal length: leave positions out.")
+        T = positions.shape[0]
+        check(T <= self.block, f"This cache takes {self.block} tokens at once, not {T}.")
+        i = torch.arange(self.read, self.read + T, device=positions.device)
+        self.slots = torch.where(i < self.sinks, i, self.fixed + (i - self.sinks) % self.ring)
+        self.read += T
+        self.n += T
+        gone = self.read - self.sinks - self.ring  # tokens that have left the ring when this block is in it
+        if gone > 0 and self.fixed:
+            if gone <= T:  # the first ones: no sink was rotated on yet
+                self.kept[..., : self.sinks, :] = self.parts[0][..., : self.sinks, :]
+            if self.summaries:
+                self.average(self.slots[-gone:], gone)
+            self.place(self.n - self.ring, gone)
+        self.positions[:, self.slots] = positions
+
+    def average(self, slots, gone: int) -> None:
+        """Add what these slots hold to the summaries, which then cover `gone` tokens."""
+        keys, values = self.parts
+        number = torch.arange(self.summaries, device=slots.device)
+        while gone > self.summaries * self.each:  # all are full: merge neighbours
+            self.sums = [torch.zeros_like(x).index_add_(3, number // 2, x) for x in self.sums]
+            self.each *= 2
+        entry = torch.arange(gone - len(slots), gone, device=slots.device) // self.each
+        at_zero = self.rotate(keys[..., slots, :], -self.positions[0, slots])
+        self.sums[0].index_add_(3, entry, at_zero.float())
+        self.sums[1].index_add_(3, entry, values[..., slots, :].float())
+        counts = (gone - self.each * number).clamp(1, self.each)[:, None]
+        self.kept[..., self.sinks :, :] = self.sums[0] / counts
+        values[..., self.sinks : self.fixed, :] = self.sums[1] / counts
+
+    def place(self, first: int, gone: int) -> None:
+        """Let sinks and summaries stand directly before position `first`, where the window begins."""
+        used = self.sinks + min(self.summaries, math.ceil(gone / self.each))
+        number = torch.arange(self.fixed, device=self.k.device)
+        place = first - used + number
+        self.positions[:, : self.fixed] = place.where(number < used, -1)
+        by = torch.where(number < self.sinks, first - used, place)  # sink i was rotated to i already
+        self.parts[0][..., : self.fixed, :] = self.rotate(self.kept, by)
+
+    def update(self, layer: int, k, v):
+        """Write a layer's keys and values (B, K, T, D) into the claimed slots -> all slots (B, K, S, D)."""
+        self.k[layer, :, :, self.slots] = k
+        self.v[layer, :, :, self.slots] = v
+        seen = self.k[layer], self.v[layer]
+        if layer == len(self.k) - 1 and self.n >= self.limit + self.span:
+            self.turn_back()
+        return seen
+
+    def turn_back(self) -> None:
+        """Lower all positions, the next one to the number of slots; all distances stay."""
+        by = self.n - self.span
+        keys = self.parts[0].clone()  # the last layer is still reading the old ones
+        back = torch.full((self.ring,), -by, device=keys.device)
+        keys[..., self.fixed :, :] = self.rotate(keys[..., self.fixed :, :], back)
+        self.k, self.v = (self.k, keys) if self.config.kv_rank else (keys, self.v)
+        self.positions[:, self.fixed :] -= by  # sinks and summaries are placed anew for each block
+        self.n -= by
+
+    def rewind(self, n: int) -> None:
+        """Go back to the first n tokens, as long as none of them was overwritten; 0: forget all."""
+        if n == self.read:
+            return
+        check(n == 0 or self.read <= self.sinks + self.ring, "What has left the window cannot be had back.")
+        self.positions[self.positions >= n] = -1
+        self.read = self.n = n
+        self.each = 1
+        self.sums = [torch.zeros_like(x) for x in self.sums]
+
+    def select(self, rows) -> None:
+        """Keep these rows, in this order and as often as they are named."""
+        super().select(rows)
+        self.kept = self.kept[:, rows]
+        self.sums = [x[:, rows] for x in self.sums]
+
 # ---- A text being written ----------------------------------------------------------------------------------
 
 class Reader:
-    """Read a text with a model: with a cache each token once, without one the whole text every time."""
+    """Read a text with a model: with a cache each token once, without one the whole text every time.
 
-    def __init__(self, model, cached: bool = True):
+    window, sinks, summaries: of a RollingCache, for a text without end, whose ids are not kept either.
+    """
+
+    def __init__(self, model, cached: bool = True, window: int | None = None, sinks=0, summaries=0):
         weight = next(model.parameters())
         self.model = model
         self.ids = torch.empty((1, 0), dtype=torch.int64, device=weight.device)  # the text so far
         dtype = model.compute_dtype or weight.dtype
         self.cache = Cache(model.config, 1, 0, weight.device, dtype) if cached else None
+        self.rolls = window is not None
+        if self.rolls:  # short blocks: a block's first token sees less
+            self.cache = RollingCache(model.config, 1, window, sinks, summaries, max(1, window // 8),
+                                      weight.device, dtype)
 
     @torch.inference_mode()
     def read(self, ids):
         """Read ids (1, T) behind the text so far -> the logits of the next token (1, V), float32."""
+        if self.rolls:
+            for block in ids.split(self.cache.block, dim=1):
+                logits, _ = self.model(block, cache=self.cache, output="last")
+            return logits[:, -1].float()
         text = torch.cat((self.ids, ids), dim=1)
         border = self.model.config.rereads_at
         if border is not None and self.ids.shape[1] <= border < text.shape[1] and self.cache is not None:
@@ -308,7 +470,13 @@ def read_prompt(o: Options, tokenizer, config: Config) -> tuple[str, list[int]]:
         begin = (tokenizer.special.get(tokenizer.names.get("bos_token")), tokenizer.eot_id)
         ids = [i for i in begin if i is not None][:1]
     check(ids, "This tokenizer has no token to begin a document with: give a --prompt.")
+    if config.position == "learned":
+        places = config.seq_len - len(ids)
+        check(places > 0, f"A prompt of {len(ids)} tokens fills all {config.seq_len} places: say it shorter.")
+        o.max_new_tokens = min(o.max_new_tokens, places)
     total = len(ids) + o.max_new_tokens * config.causal
+    if o.window is not None:  # then no token looks further back than that
+        total = min(total, o.window + o.sinks + o.summaries)
     if total > config.seq_len:
         say(f"warning: {total} tokens, more than the {config.seq_len} of its training", style="yellow")
     return text, known(ids, config)
@@ -367,14 +535,17 @@ def picker(o: Options, n_vocab: int, device, i: int = 0):
 
 def print_samples(o: Options, model, tokenizer, text: str, ids: list[int], stop: set) -> None:
     """Write --num-samples continuations of a prompt, which is read once for all; sample i has seed + i."""
-    reader = Reader(model, not o.no_cache)
+    reader = Reader(model, not o.no_cache, o.window, o.sinks, o.summaries)
     start = time.perf_counter()
     logits = reader.read_text(ids)
     prefill = (time.perf_counter() - start) * 1e3  # milliseconds
     for i in range(o.num_samples):
         if o.num_samples > 1 and not o.json:
             console().rule(f"{i + 1} of {o.num_samples}", style="dim")
-        reader.rewind(len(ids))
+        if i and reader.rolls:  # the prompt may have left the window
+            logits = reader.read_text(ids)
+        else:
+            reader.rewind(len(ids))
         pick = picker(o, tokenizer.n_vocab, logits.device, i)
         new = []
         texts = pieces(stream(reader, logits, o.max_new_tokens, pick, stop), tokenizer, stop, new)
