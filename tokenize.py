@@ -44,6 +44,7 @@ else:
     import base64
     import contextlib
     import functools
+    import gc
     import gzip
     import hashlib
     import heapq
@@ -1558,7 +1559,11 @@ def train_tokenizer(texts, algorithm="bpe", vocab_size=4096, pattern="gpt4", nor
     if algorithm == "unigram":
         learn = partial(learn, unigram=True)
     options = {"vocab_size": vocab_size, "pattern": pattern, "normalizer": normalizer, "coverage": coverage}
-    spec, n_tokens = learn(texts, names, **options)
+    gc.disable()  # millions of pairs and none in a circle: looking for one takes a fourth of the time
+    try:
+        spec, n_tokens = learn(texts, names, **options)
+    finally:
+        gc.enable()
     tokenizer = Tokenizer(spec)
     tokenizer.chat_template = CHAT_FORMATS[chat][0]
     if algorithm not in ("byte", "char") and tokenizer.n_vocab < vocab_size:
