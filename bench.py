@@ -15,15 +15,29 @@ with AdamW, and are both compiled or both not.
     python bench.py claims                        # what is often said of training, measured here
     python bench.py plot out/sft out/dpo          # what runs logged, side by side: a table and a picture
     python bench.py xz data/python                # what a compressor makes of the text: the number to beat
+    python bench.py sizes llama-2-7b              # parameters, bytes and operations of the presets
+    python bench.py context                       # texts longer than those of the training
+    python train.py --set position=alibi --out out/alibi    # or learned, or none: to be read beside it
+    python bench.py context out/python out/alibi
 
-Left out: profiles of single operators (torch.profiler has them).
+A model that was trained on at a greater length is read beside the others, too: `python train.py --init
+out/python --seq-len 1024 --max-steps 60 --set 'rope_scaling={"rope_type": "linear", "factor": 4}'`. YaRN also
+needs "original_max_position_embeddings": 256 there.
+
+Left out: profiles of single operators (torch.profiler has them); caches that forget (sample.py has one). So
+`context` reads a window as a mask, and first tokens that stay visible beyond it at their true distance.
+Interpolation: Chen et al. 2023 (2306.15595). NTK-aware, YaRN: Peng et al. 2023 (2309.00071). ALiBi: Press et
+al. 2021 (2108.12409). Sinks: Xiao et al. 2023 (2309.17453). The needle: Kamradt 2023.
 """
 
+import copy
 import itertools
 import json
 import lzma
+import math
 import platform
 import re
+import string
 import sys
 import time
 import weakref
@@ -37,16 +51,17 @@ from typing import Annotated
 from model import (  # before torch: it says how OpenMP's threads wait
     DTYPES, PRESETS, Cache, Config, Tokens, Transformer, UserError, build_optimizer, check, check_memory,
     config_to_hf, count_params, count_weights, flops_per_token, is_a, load_model, load_tokenizer, peak_flops,
-    pick_device, pick_dtype, read_metrics, resize, run_app, say, synchronize,
+    pick_device, pick_dtype, progress, read_metrics, read_tokenizer, resize, run_app, say, synchronize,
 )
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# B batch, T tokens of a sequence, H heads, D head_dim, V vocabulary.
+# B batch, T tokens of a sequence, H heads, D head_dim, V vocabulary, N tokens of a value.
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -107,8 +122,15 @@ def read_rate(device: torch.device) -> float:
 
 def bytes_per_step(config: Config, B: int, T: int, itemsize: int) -> int:
     """Count the bytes read for one token of B texts of length T: all matrices once, and each text's cache."""
-    cache = 2 * B * T * config.n_layer * config.n_kv_head * config.head_dim  # keys and values
+    heads, key, value = config.cached
+    cache = B * T * config.n_layer * heads * (key + value)  # model.Cache keeps what has left a window, too
     return (count_weights(config)[2] + cache) * itemsize
+
+def cache_bytes(config: Config, T: int, itemsize: int = 2) -> int:
+    """Count the bytes of a cache for a text of T tokens that forgets what has left a layer's window."""
+    heads, key, value = config.cached
+    kept = sum(min(T, (w or T) + config.global_tokens) for w in config.windows)  # tokens, in all layers
+    return heads * (key + value) * kept * itemsize
 
 def plain_attention(q, k, v):
     """Attend causally as on paper, (B, H, T, D) each: all B*H*T*T scores stand in memory, several times."""
@@ -199,7 +221,7 @@ def time_decoding(model: Transformer, B: int, prompt: int, new: int, rounds: int
 def check_counts(**counts: int) -> None:
     """Refuse numbers of things that are below one, or more than a machine holds at once."""
     for name, n in counts.items():
-        check(1 <= n <= 2**22, f"--{name} is {n}; it has to be between 1 and {2**22}.")
+        check(1 <= n <= 2**22, f"--{name.replace('_', '-')} is {n}; it has to be between 1 and {2**22}.")
 
 def cpu_name() -> str:
     """Name the processor, as far as the system does."""
@@ -208,8 +230,11 @@ def cpu_name() -> str:
     return found[1] if found else platform.machine()
 
 def in_words(value) -> str:
-    if isinstance(value, dict):  # of spread
-        return "{} ({}-{})".format(*map(in_words, value.values()))
+    if value is None:
+        return "-"
+    if isinstance(value, dict):  # a value and what qualifies it: the ends of a spread, say
+        first, *rest = map(in_words, value.values())
+        return f"{first} ({'-'.join(rest)})"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return f"{value:,}" if is_a(value, int) else str(value)
@@ -319,6 +344,94 @@ CLAIMS = {
     "warmup": (claim_warmup, "Warm-up prevents early instability"),
     "recompute": (claim_recompute, "Gradient checkpointing trades time for memory"),
 }
+
+# ---- Texts longer than those of the training ---------------------------------------------------------------
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # where in a text a needle lies
+
+def ways_to_read(config: Config, T: int, length: int) -> dict[str, dict]:
+    """Name the ways to read texts of a length -> {way: what it changes in the config}.
+
+    A plain RoPE model that was trained at T is read in all ways, any other one as its config says.
+    """
+    c = config
+    if c.position != "rope" or c.rope_scaling or any(c.windows) or c.seq_len != T:
+        return {"as it is": {}}
+    factor = length / T
+    return {
+        "as it is": {},
+        "interpolation": {"rope_scaling": {"rope_type": "linear", "factor": factor}},
+        "NTK-aware": {"rope_scaling": {"rope_type": "ntk", "factor": factor}},
+        "YaRN": {"rope_scaling": {"rope_type": "yarn", "factor": factor,
+                                  "original_max_position_embeddings": T}},
+        "window": {"window": T},
+        "window, sinks": {"window": T, "global_tokens": 4},
+    }
+
+def reconfigured(model: Transformer, **changes) -> Transformer:
+    """Give the same weights another config, one that needs no others."""
+    other = copy.copy(model)
+    other.config = model.config.replace(**changes)
+    return other
+
+def losses_of(model: Transformer, x, y) -> torch.Tensor:
+    """Compute the loss of each token, (B, T) -> (B, T) on the CPU, a few rows at a time."""
+    device = next(model.parameters()).device
+    few = max(1, 8192 // x.shape[1])
+    parts = zip(x.to(device).split(few), y.to(device).split(few), strict=True)
+    return torch.cat([model(*part)[0].cpu() for part in parts])
+
+def sum_up_losses(losses, T: int, longest: int) -> dict[str, float | None]:
+    """Average the losses of texts (B, length): of all tokens, of the last T, and in ranges of positions.
+
+    None stands where a text has no such tokens.
+    """
+    length = losses.shape[1]
+
+    def mean(start, end):
+        part = losses[:, start:end]
+        return part.mean().item() if 0 < end - start == part.shape[1] else None
+
+    loss = mean(0, length)
+    ppl = None if loss is None else math.exp(min(loss, 50))
+    edges = [0, T // 4, *(T * 2**i for i in range((longest // T).bit_length()))]
+    ranges = {f"{start}-{end}": mean(start, end) for start, end in itertools.pairwise(edges)}
+    return {"loss": loss, "ppl": ppl, f"last_{T}": mean(length - T, length)} | ranges
+
+def hide_needle(tokens: Tokens, tokenizer, length: int, seed: int):
+    """Hide a line `KEY_QRTZ = 4711` in a text, and ask for its value at the end -> ids (B, length + 1), N.
+
+    A row for each depth, and a last one that has more text in the line's place, at the front: what stands
+    before the question is the same. The value is the last N tokens of each.
+    """
+    rng = np.random.default_rng(seed)
+    key = "".join(rng.choice(list(string.ascii_uppercase), 4))
+    texts = (f"\nKEY_{key} =", f" {rng.integers(1000, 10_000)}", "\n")
+    ask, value, end = (tokenizer.encode(text) for text in texts)
+    line = ask + value + end
+    room = length + 1 - len(ask + value)  # what stands before the question
+    check(room > len(line), f"A text of {length} tokens has no room for a needle of {len(line)} and a "
+          "question: --needles 0 leaves them out.")
+    hay = tokens.read(int(rng.integers(tokens.n)), 2 * room)  # documents, whose ends are taken out
+    hay = hay[hay != tokens.eot_id][:room].tolist()
+    around = hay[len(line) :]
+    places = [round(depth * len(around)) for depth in DEPTHS]
+    rows = [around[:place] + line + around[place:] + ask + value for place in places]
+    return torch.tensor([*rows, hay + ask + value]), len(value)
+
+def find_needle(model: Transformer, ids, N: int):
+    """Read the texts of `hide_needle` -> two numbers for each depth, (depths, 2).
+
+    By how much the line changes the value's loss, in nats a token, and whether greedy decoding finds it.
+    """
+    device = next(model.parameters()).device
+    B, T = ids.shape[0], ids.shape[1] - 1
+    at = torch.arange(B)[:, None] * T + torch.arange(T - N, T)  # (B, N)
+    logits = model(ids[:, :-1].to(device), at=at.flatten().to(device))[0].float().cpu()  # (B*N, V)
+    targets = ids[:, -N:].flatten()
+    losses = F.cross_entropy(logits, targets, reduction="none").view(B, N).mean(1)
+    found = (logits.argmax(-1) == targets).view(B, N).all(1)
+    return torch.stack((losses - losses[-1], found.float()), 1)[:-1]
 
 # ---- Commands ----------------------------------------------------------------------------------------------
 
@@ -482,7 +595,7 @@ def plot(
                          "lowest": min(values), "highest": max(values), "last": values[-1]})
     return report({"rows": rows}, as_json)
 
-def draw(panels: dict[str, dict[str, tuple]], path: Path) -> None:
+def draw(panels: dict[str, dict[str, tuple]], path: Path, over: str = "step") -> None:
     """Draw a panel for each metric, one below the other: {metric: {run: (steps, values)}}."""
     try:
         from matplotlib.figure import Figure
@@ -494,14 +607,121 @@ def draw(panels: dict[str, dict[str, tuple]], path: Path) -> None:
         for folder, line in runs.items():
             axis.plot(*line, label=folder, lw=1, marker="o" if len(line[0]) < 20 else None)
         axis.set_ylabel(name)
-        axis.legend()
-    axis.set_xlabel("step")
+        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))  # beside the lines
+    axis.set_xlabel(over)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120, bbox_inches="tight")
     except (OSError, ValueError) as error:  # no room, no file of this name, no picture of this kind
-        raise UserError(f"{path} could not be drawn ({error}): choose another --out.") from None
+        raise UserError(f"{path} could not be drawn ({error}): choose another file.") from None
     say(f"{path} written.")
+
+@app.command()
+@torch.inference_mode()
+def context(
+    folders: Annotated[list[str], typer.Argument(
+        help="Checkpoints: a RoPE model of the shortest context is read in several ways, others as they say.",
+    )] = ("out/python",),
+    data: Annotated[Path, typer.Option(help="Data folder: its validation text.")] = Path("data/python"),
+    times: Annotated[int, typer.Option(help="Read 1, 2, 4 ... so many times the shortest context.")] = 8,
+    texts: Annotated[int, typer.Option(help="Stretches of text to read.")] = 32,
+    needles: Annotated[int, typer.Option(help="Lines to hide at each depth of a text and to ask for.")] = 8,
+    picture: Annotated[Path | None, typer.Option("--plot", help="Picture to write (matplotlib).")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> dict:
+    """Measure the loss by position in texts longer than those of the training, and look for needles there.
+
+    All read the same stretches of text, across the borders of documents. A shorter length reads their ends:
+    the loss of the last tokens has the same targets at every length. Learned positions end where their table
+    does: "-" stands for what a model cannot read.
+    """
+    check_counts(times=times, texts=texts)
+    check(0 <= needles <= 2**22, f"--needles is {needles}; it has to be a number of lines, or 0.")
+    where = pick_device(device)
+    tokens = Tokens(data, "val")
+    models = {folder: open_to_read(folder, data, where) for folder in folders}
+    T = min(model.config.seq_len for model in models.values())
+    lengths = [T * 2**i for i in range(times.bit_length())]
+    longest = lengths[-1]
+    check(tokens.n > longest, f"{tokens.path} has {tokens.n} tokens, no more than {longest}: lower --times.")
+    starts = np.linspace(0, tokens.n - longest - 1, texts).astype(int)
+    x, y = tokens.rows(starts, [longest] * texts, longest, texts)  # (texts, longest)
+    tokenizer = load_tokenizer(data)
+    hidden = {n: [hide_needle(tokens, tokenizer, n, seed) for seed in range(needles)] for n in lengths}
+    readings = [(length, folder, *way) for length in lengths for folder, model in models.items()
+                for way in ways_to_read(model.config, T, length).items()]
+    rows, found, done = [], [], 0
+    with progress("Positions read", sum(length for length, *_ in readings)) as show_progress:
+        for length, folder, way, changes in readings:
+            model = reconfigured(models[folder], **changes)
+            name = {"model": folder, "read": way, "length": length}
+            readable = model.config.position != "learned" or length <= model.config.seq_len
+            losses = losses_of(model, x[:, -length:], y[:, -length:]) if readable else torch.empty(1, 0)
+            rows.append(name | sum_up_losses(losses, T, longest))
+            if readable and needles:
+                means = torch.stack([find_needle(model, *needle) for needle in hidden[length]]).mean(0)
+                pairs = [{"nats": nats, "found": share} for nats, share in means.tolist()]
+                found.append(name | {f"depth_{d:g}": pair for d, pair in zip(DEPTHS, pairs, strict=True)})
+            done += length
+            show_progress(done, f"{folder}, {way}")
+    if picture:
+        draw(panels_of(rows, T), picture, "tokens")
+    facts = {"trained": T, "texts": texts, "needles": found, "rows": rows}
+    if as_json:
+        return report(facts, True)
+    show(f"Loss of {texts} texts: all tokens, the last {T}, and by position", rows)
+    if found:
+        show("A needle at each depth: change of its value's loss in nats (share found greedily)", found)
+    return facts
+
+def open_to_read(folder: str, data: Path, device: torch.device) -> Transformer:
+    """Load a model that predicts the next token of this data."""
+    model = load_model(folder, device, torch.float32)
+    fits = model.config.head == "lm" and model.config.causal
+    check(fits, f"{folder} does not predict the next token: it cannot be read here.")
+    same = read_tokenizer(Path(folder, "tokenizer.json")) == read_tokenizer(data / "tokenizer.json")
+    check(same, f"{folder} and {data} have different tokenizers: prepare the data with that of the model.")
+    return model
+
+def panels_of(rows: list[dict], T: int) -> dict[str, dict[str, tuple]]:
+    """Arrange the rows of `context` for `draw`: losses by length, and of the longest texts by position."""
+    rows = [row for row in rows if row["loss"] is not None]
+    longest = rows[-1]["length"]
+    by_length, by_position = {}, {}
+    for row in rows:
+        run = f"{row['model']}, {row['read']}"
+        lengths, losses = by_length.setdefault(run, ([], []))
+        lengths.append(row["length"])
+        losses.append(row[f"last_{T}"])
+        by_position.setdefault(run, ([], []))  # without a line, too: a run has one colour in both panels
+        if row["length"] == longest:
+            ranges = {name: loss for name, loss in row.items() if "-" in name}
+            by_position[run] = ([int(name.split("-")[1]) for name in ranges], list(ranges.values()))
+    return {f"loss of the last {T}": by_length, f"loss up to a position, of {longest}": by_position}
+
+@app.command()
+def sizes(
+    names: Annotated[list[str] | None, typer.Argument(help="Presets; or all.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of the text in the cache.")] = 4096,
+    vocab_size: Annotated[int, typer.Option(help="Of presets that leave it to the data.")] = 4096,
+    as_json: Json = False,
+) -> dict:
+    """Count what the presets take: parameters, bytes in bf16 (weights, and a text's cache), operations.
+
+    The operations are those of training, forward and backward; a forward pass takes a third of them.
+    """
+    check_counts(context=context, vocab_size=vocab_size)
+    rows = []
+    for name in names or list(PRESETS):
+        check(name in PRESETS, f"There is no preset {name!r}; there are {', '.join(PRESETS)}.")
+        config = PRESETS[name]
+        config = config if config.vocab_size else config.replace(vocab_size=vocab_size)
+        params, active = count_params(config)
+        rows.append({"preset": name, "params": params, "active": active, "weights_gb": 2 * params / 1e9,
+                     "cache_gb": cache_bytes(config, context) / 1e9,
+                     "gflop_per_token": flops_per_token(config, context) / 1e9})
+    return report({"context": context, "rows": rows}, as_json)
 
 @app.command()
 def xz(

@@ -4,6 +4,7 @@ import doctest
 import itertools
 import json
 import lzma
+import math
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from model import PRESETS, Cache, Config, Transformer, UserError, resize, save_c
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, call, command
+from conftest import ROOT, call, command, refusal
 
 import bench
 import model
@@ -312,6 +313,188 @@ def test_few_open_files_are_no_traceback(tmp_path, files=40):
     code += "import runpy; runpy.run_path(sys.path[0] + '/bench.py', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode in (0, 2) and "Traceback" not in done.stderr, done.stderr
+
+
+# --- long texts ---
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory, modules):
+    """Folders of models for `modules` with random weights, "trained" at 64 tokens: {name: folder}."""
+    home = tmp_path_factory.mktemp("readers")
+    sizes = {"n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 32, "head_dim": 16, "ffn_dim": 64}
+    kinds = {kind: {"position": kind} for kind in ("rope", "alibi", "learned", "none")}
+    kinds["tuned"] = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "seq_len": 128}
+    kinds["score"] = {"head": "score", "tie": False}
+    for name, fields in kinds.items():
+        net = Transformer(Config(**{"vocab_size": 448, "seq_len": 64} | sizes | fields)).init_weights(1)
+        with torch.no_grad():  # so that attention has something to tell
+            for p in net.parameters():
+                p.mul_(3 if p.dim() > 1 else 1)
+        save_checkpoint(home / name, net, modules / "tokenizer.json")
+    return {name: str(home / name) for name in kinds}
+
+
+@pytest.fixture(scope="module")
+def study(readers, modules):
+    """What the command finds out about four kinds of positions and a model of 128 tokens."""
+    folders = [readers[name] for name in ("rope", "alibi", "learned", "none", "tuned")]
+    return bench.context(folders, modules, times=4, texts=3, needles=2, device="cpu", as_json=True)
+
+
+def test_context_has_a_row_for_each_way_to_read(study, readers):
+    ways = ["as it is", "interpolation", "NTK-aware", "YaRN", "window", "window, sinks"]
+    methods = [(readers["rope"], way) for way in ways]
+    methods += [(readers[name], "as it is") for name in ("alibi", "learned", "none", "tuned")]
+    found = [(row["length"], row["model"], row["read"]) for row in study["rows"]]
+    assert study["trained"] == 64 and found == [(n, *method) for n in (64, 128, 256) for method in methods]
+    for row in study["rows"]:
+        numbers = [row[name] for name in ("loss", "ppl", "last_64", "0-16", "16-64")]
+        beyond = [row["64-128"], row["128-256"]]
+        if row["model"] == readers["learned"] and row["length"] > 64:  # it has no such places
+            assert {*numbers, *beyond} == {None}
+            continue
+        assert all(map(math.isfinite, numbers)) and row["ppl"] == pytest.approx(math.exp(row["loss"]))
+        assert [x is None for x in beyond] == [row["length"] < 128, row["length"] < 256]
+        if row["length"] == 64:
+            assert row["loss"] == pytest.approx(row["last_64"]) == (row["0-16"] + 3 * row["16-64"]) / 4
+
+
+def test_context_at_the_trained_length_all_ways_agree(study, readers):
+    def last(length):
+        rows = [row for row in study["rows"] if row["model"] == readers["rope"] and row["length"] == length]
+        return {row["read"]: row["last_64"] for row in rows}
+
+    assert [*last(64).values()] == pytest.approx([last(64)["as it is"]] * 6, rel=1e-6)
+    assert len({round(loss, 5) for loss in last(256).values()}) == 6  # and beyond none is another's
+
+
+def test_context_is_what_the_model_says(study, readers, modules):
+    """Interpolation by hand: the last text, at positions that are four times as close."""
+    net = model.load_model(readers["rope"])
+    tokens = bench.Tokens(modules, "val")
+    losses = []
+    for start in (0, (tokens.n - 257) // 2, tokens.n - 257):
+        ids = torch.from_numpy(tokens.read(start, 257).astype("int64"))[None]
+        with torch.no_grad():
+            losses.append(net(ids[:, :-1], ids[:, 1:], positions=torch.arange(256) / 4)[0])
+    losses = torch.cat(losses)
+    [row] = [row for row in study["rows"] if row["read"] == "interpolation" and row["length"] == 256]
+    assert row["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert row["last_64"] == pytest.approx(losses[:, -64:].mean().item(), rel=1e-5)
+    assert row["64-128"] == pytest.approx(losses[:, 64:128].mean().item(), rel=1e-5)
+
+
+def test_needle_lies_where_it_is_said(modules):
+    tokenizer = model.load_tokenizer(modules)
+    tokens = bench.Tokens(modules, "val")
+    ids, N = bench.hide_needle(tokens, tokenizer, 200, seed=3)
+    assert ids.shape == (len(bench.DEPTHS) + 1, 201) and not (ids == tokens.eot_id).any()
+    *texts, without = (tokenizer.decode(row.tolist()) for row in ids)
+    key, _, value = without.rpartition("\n")[2].partition(" = ")
+    assert key.startswith("KEY_") and 1000 <= int(value) < 10_000 and without.count(key) == 1
+    assert tokenizer.decode(ids[0, -N:].tolist()) == f" {value}"
+    places = [text.index(f"{key} = {value}\n") / len(text) for text in texts]
+    assert all(text.endswith(f"\n{key} = {value}") and text.count(key) == 2 for text in texts)
+    assert places[0] < 0.01 and places == sorted(places) and 0.8 < places[-1]
+    assert torch.equal(ids[0, 40:], ids[-1, 40:])  # the line aside, all end alike
+    assert not torch.equal(ids[0], bench.hide_needle(tokens, tokenizer, 200, seed=4)[0][0])
+
+
+def test_needle_is_found_by_a_model_that_copies(modules):
+    """A model that repeats what came after the last token's earlier place finds it, another one does not."""
+    V = 448
+
+    class Copies(torch.nn.Module):
+        def __init__(self, sees):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.sees = sees  # so many last tokens
+
+        def forward(self, ids, at):
+            logits = torch.zeros(*ids.shape, V)
+            for row, t in zip(at // ids.shape[1], at % ids.shape[1], strict=True):
+                text = ids[row, max(0, t + 1 - self.sees) : t + 1].tolist()
+                for i in range(3, len(text)):  # after the same three tokens
+                    if text[i - 3 : i] == text[-3:]:
+                        logits[row, t, text[i]] = 9.0
+            return logits.flatten(0, 1)[at], None
+
+    case = bench.hide_needle(bench.Tokens(modules, "val"), model.load_tokenizer(modules), 120, seed=0)
+    found = bench.find_needle(Copies(999), *case)
+    assert found.shape == (len(bench.DEPTHS), 2) and (found[:, 1] == 1).all() and (found[:, 0] < -4).all()
+    assert bench.find_needle(Copies(60), *case)[:, 1].tolist() == [0, 0, 0, 1, 1]
+    assert bench.find_needle(Copies(60), *case)[0, 0] == 0  # what cannot be seen changes nothing
+
+
+def test_context_looks_for_needles(study, readers):
+    beyond = [row for row in study["needles"] if row["model"] == readers["learned"]]
+    assert len(study["needles"]) == 28 and [row["length"] for row in beyond] == [64]
+    for row in study["needles"]:
+        depths = {name: pair for name, pair in row.items() if name.startswith("depth_")}
+        assert list(depths) == ["depth_0", "depth_0.25", "depth_0.5", "depth_0.75", "depth_1"]
+        assert all(math.isfinite(pair["nats"]) and 0 <= pair["found"] <= 1 for pair in depths.values())
+
+
+def test_context_prints_and_draws(readers, modules, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    args = [readers["learned"], readers["none"], "--data", modules, "--times", 2, "--texts", 2]
+    call(bench.app, "context", *args, "--needles", 1, "--device", "cpu", "--plot", tmp_path / "p.png")
+    out, err = capsys.readouterr()
+    assert "64-128" in out and " - " in out and "depth 0.25" in out and "Positions read" in err
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+    call(bench.app, "context", *args, "--needles", 0, "--device", "cpu", "--json")
+    facts = printed(capsys)
+    assert facts["needles"] == [] and len(facts["rows"]) == 4
+
+
+def test_context_refuses(readers, modules, data, tmp_path):
+    rope = readers["rope"]
+    cases = [([rope, "--times", 0], "--times"), ([rope, "--times", 9999], "lower --times"),
+             ([rope, "--texts", 0], "--texts"), ([rope, "--needles", -1], "--needles"),
+             (["nowhere"], "nowhere"), ([readers["score"]], "next token"),
+             ([rope, "--data", data], "different tokenizers"), ([rope, "--data", "gone"], "is missing")]
+    for args, words in cases:
+        args = args if "--data" in args else [*args, "--data", modules]
+        assert words in refusal(bench.app, "context", *args, "--device", "cpu"), args
+    net = Transformer(model.load_config(rope).replace(seq_len=16)).init_weights()
+    save_checkpoint(tmp_path / "short", net, modules / "tokenizer.json")
+    assert "--needles 0" in refusal(bench.app, "context", tmp_path / "short", "--data", modules)
+
+
+def test_sizes(capsys):
+    facts = bench.sizes(["llama-2-7b", "mistral-7b", "deepseek-v2", "nano"], context=8192, as_json=True)
+    assert printed(capsys) == facts
+    llama, mistral, deepseek, nano = facts["rows"]
+    L, C, I, V = 32, 4096, 11_008, 32_000
+    assert llama["params"] == llama["active"] == 2 * V * C + L * (4 * C * C + 3 * C * I + 2 * C) + C
+    assert llama["weights_gb"] == 2 * llama["params"] / 1e9
+    assert llama["cache_gb"] == 2 * 32 * 128 * L * 8192 * 2 / 1e9  # keys and values of 32 heads
+    products = llama["params"] - V * C - (2 * L + 1) * C  # nothing is multiplied by embedding and norms
+    assert llama["gflop_per_token"] * 1e9 == pytest.approx(6 * products + 12 * L * C * 8193 / 2)
+    assert mistral["cache_gb"] == 2 * 8 * 128 * L * 4096 * 2 / 1e9  # no more than its window
+    assert deepseek["cache_gb"] == (512 + 64) * 60 * 8192 * 2 / 1e9  # a latent vector
+    assert deepseek["active"] < deepseek["params"] / 10
+    assert nano["params"] == model.count_params(resize("nano", vocab_size=4096))[0]
+    assert bench.sizes(["llama-2-7b"])["rows"][0]["cache_gb"] == pytest.approx(2.147, abs=1e-3)
+    assert "6,738,415,616" in capsys.readouterr().out
+    cases = [(["huge"], "no preset 'huge'"), (["--context", 0], "--context"), (["--vocab-size", 0], "--vocab")]
+    for args, words in cases:
+        assert words in refusal(bench.app, "sizes", *args)
+
+
+def test_sizes_of_all_presets():
+    rows = bench.sizes()["rows"]
+    assert [row["preset"] for row in rows] == list(PRESETS)
+    assert all(0 < row["active"] <= row["params"] and row["cache_gb"] > 0 for row in rows)
+
+
+def test_bytes_per_step_of_a_latent_cache():
+    latent = dict(kv_rank=16, rope_dim=8, nope_dim=8, v_dim=8)
+    config = Config(vocab_size=64, n_layer=3, n_head=4, n_kv_head=4, **latent)
+    cache = Cache(config, 2, 10, dtype=torch.bfloat16)
+    step = bytes_per_step(config, 2, 10, 2) - bytes_per_step(config, 2, 0, 2)
+    assert step == cache.k.nbytes + cache.v.nbytes == 2 * bench.cache_bytes(config, 10)
 
 
 # --- the compressor ---
