@@ -40,6 +40,7 @@ TINY = {  # script and command -> options that make it small; those that are sho
     "align.py label": {"--limit": "2"},
     "bench.py train": {"--preset": "nano", "--batch": "2", "--steps": "2", "--seq-len": "32"},
     "bench.py decode": {"--new": "4", "--prompt": "8", "--rounds": "1"},
+    "bench.py context": {"--texts": "2", "--needles": "1"},
     "tokenize.py train": {"--vocab-size": "300"},
 }
 
