@@ -269,6 +269,7 @@ def write(capsys, folder, **options):
     return [json.loads(line) for line in out.splitlines()], " ".join(err.split())
 
 
+@pytest.mark.slow
 def test_text_without_end(folder, capsys):
     [plain], said = write(capsys, folder)
     assert "more than the 32" in said

@@ -201,7 +201,7 @@ def test_as_few_tokens_as_sentencepiece(tmp_path, kind):
     assert 0.97 < ratio < 1.01
 
 
-@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "spm-bpe", "unigram"])
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "spm-bpe", pytest.param("unigram", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("unit", [" ", "a", "ab1 "])
 def test_odd_texts_take_time_in_proportion(kind, unit):
     tokenizer = train(TEXTS[:1], 700, algorithm=kind)
