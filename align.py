@@ -46,11 +46,11 @@ from pathlib import Path
 from typing import Annotated, ClassVar, NamedTuple
 
 from model import (  # before torch: it says how OpenMP's threads wait
-    DTYPES, Linear, Ranks, Run, RunOptions, Tokens, Transformer, UserError, barrier, build_optimizer,
+    DTYPES, Linear, Ranks, Run, RunOptions, Tokens, Transformer, UserError, barrier, build_optimizer, cast,
     check, clip_gradients, command, default_data, find_checkpoint, finish_save, generate, load_config,
-    load_model, load_state, load_tokenizer, open_run, opt, pick_device, pick_dtype, progress,
-    rank_and_world, render, run_app, save_checkpoint, save_files, say, seed_of, setup_distributed,
-    sum_over_ranks, token_losses,
+    load_model, load_state, load_tokenizer, open_run, opt, pick_device, pick_dtype, progress, rank_and_world,
+    render, run_app, save_checkpoint, save_files, say, seed_of, setup_distributed, sum_over_ranks,
+    token_losses,
 )
 from model import evaluate as evaluate_text
 
@@ -1414,7 +1414,7 @@ class Play(Learner):
         o, device = self.o, self.ranks.device
         self.reference = load_model(o.model, device)
         self.reference.compute_dtype = self.model.compute_dtype
-        self.actor = Transformer(self.model.config).to(device, self.model.compute_dtype)
+        self.actor = cast(Transformer(self.model.config), device, self.model.compute_dtype)
         self.reward = Reward(o.reward, o.unended, device)
         self.keep(model=fingerprint(self.reference), reward=self.reward.fingerprint)
 

@@ -121,7 +121,7 @@ class Config:
     n_expert: int = 0  # 0: every layer is dense
     n_expert_active: int = 2  # experts that a token goes to
     n_expert_shared: int = 0  # experts that every token goes to, as one network so many times as wide
-    shared_gate: bool = False  # what they say is weighed by a sigmoid of the token
+    shared_gate: bool = False  # their output is multiplied by sigmoid(w . x)
     expert_dim: int = 512  # feed-forward width of one expert
     dense_layers: tuple[int, ...] = ()  # layers that keep a network without experts
     router: str = "softmax"  # over all experts, or "sigmoid" of each
@@ -138,7 +138,7 @@ class Config:
     capacity: float | None = None  # tokens of a sequence that an expert takes at most, in means
 
     def __post_init__(self):
-        for name, value in settle(self).items():
+        for name, value in checked_fields(self).items():
             object.__setattr__(self, name, value)
 
     def replace(self, **changes) -> "Config":
@@ -162,7 +162,7 @@ class Config:
 
     @property
     def rereads_at(self) -> int | None:
-        """Give the place in a text from which on LongRoPE turns otherwise: a cache is worth nothing then."""
+        """Give the place from which on LongRoPE rotates all keys otherwise: a cache has to be filled anew."""
         how = dict(self.rope_scaling)
         return how["original_max_position_embeddings"] if how.get("rope_type") == "longrope" else None
 
@@ -395,14 +395,16 @@ class Transformer(nn.Module):
         c = self.config
         T = x.shape[1]
         if positions is None:
+            unequal = cache is not None and cache.ragged and cache.window is None
+            check(not unequal, "The rows of this cache differ in length: say the positions.")
             start = cache.n if cache is not None else 0
             positions = torch.arange(start, start + T, device=x.device)
+        if self.first:
+            x = self.embed(x, positions)  # (B, T, C)
         if cache is not None:
             check(doc_ids is None, "A cache holds one document a row: give doc_ids or a cache, not both.")
             cache.claim(positions)
         masks = self.masks(positions, doc_ids, trunk_ids, cache, T)
-        if self.first:
-            x = self.embed(x, positions)  # (B, T, C)
         dtype = self.compute_dtype or x.dtype
         angles = self.angles(positions)
         if aux is None:
@@ -449,7 +451,8 @@ class Transformer(nn.Module):
 
     def run_block(self, block, *args):
         """Run a block; while training and with `recompute`, keep only its input for the backward pass."""
-        if args[-2] is not None:  # with a cache every length is new: a compiled block would be compiled anew
+        *_, cache, _ = args
+        if cache is not None:  # every length is new: a compiled block would be compiled anew
             return block._call_impl(*args)
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
@@ -504,6 +507,13 @@ class Transformer(nn.Module):
         for buffer in self.buffers():  # the routers' bias
             buffer.zero_()
         return self
+
+def cast(model: Transformer, device, dtype) -> Transformer:
+    """Move a model and bring its weights to a precision, but routers' biases, which decide near ties."""
+    model.to(device)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
 
 @torch.no_grad()
 def fill(target, whole) -> None:
@@ -589,6 +599,8 @@ def flops_per_token(config: Config, T: int | None = None) -> float:
     pairs = 0  # of a query and a key that it sees, in all layers
     for w in (min(w or T, T) for w in config.windows):
         causal = w * (w + 1) / 2 + (T - w) * w  # the first w tokens see 1, 2 .. w keys, the rest see w
+        far = max(0, T - w)  # the last of these see a global token that a window does not show
+        causal += sum(max(0, far - i) for i in range(min(config.global_tokens, far)))
         pairs += causal if config.causal else 2 * causal - T
     widths = config.head_dim + (config.v_dim or config.head_dim)
     return 6.0 * count_weights(config)[2] + 6.0 * config.n_head * widths * pairs / T
@@ -597,7 +609,7 @@ def flops_per_token(config: Config, T: int | None = None) -> float:
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu,
                "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh")}
-ACTIVATIONS["gelu_new"] = ACTIVATIONS["gelu_pytorch_tanh"]  # GPT-2's name for it
+ACTIVATIONS |= {"gelu_new": ACTIVATIONS["gelu_pytorch_tanh"], "swish": F.silu}  # other names
 CHOICES = {"head": ("lm", "score"), "position": ("rope", "learned", "alibi", "none"),
            "norm": ("rms", "layer"), "act": tuple(ACTIVATIONS)}
 
@@ -655,8 +667,7 @@ def slow_down(frequencies, positions, config: Config):
     if kind == "longrope":
         long = torch.tensor(how["long_factor"], device=i.device)
         short = torch.tensor(how["short_factor"], device=i.device)
-        ratio = factor or config.seq_len / original
-        usual = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+        usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         last = positions.amax(-1, keepdim=True).unsqueeze(-1)  # of each row
         by = torch.where(last >= original, long, short)
         return frequencies / by, how.get("attention_factor") or usual
@@ -676,15 +687,14 @@ def slow_down(frequencies, positions, config: Config):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, R - 1)
     kept = 1 - ((i - first) / max(last - first, 0.001)).clamp(0, 1)
-    larger = yarn_factor(how, "mscale") / yarn_factor(how, "mscale_all_dim")
-    if not (how.get("mscale") and how.get("mscale_all_dim")):
-        larger = yarn_factor(how)
+    larger = yarn_factor(factor)
+    if how.get("mscale") and how.get("mscale_all_dim"):  # DeepSeek's: the rest of it is in LatentAttention
+        larger = yarn_factor(factor, how["mscale"]) / yarn_factor(factor, how["mscale_all_dim"])
     return frequencies * kept + frequencies / factor * (1 - kept), how.get("attention_factor") or larger
 
-def yarn_factor(how: dict, weight: str | None = None) -> float:
-    """Compute YaRN's sqrt(1/t) = 0.1 ln(factor) + 1 (eq. 22), its first term times a weight that is named."""
-    weight = how.get(weight, 0.0) if weight else 1.0
-    return 0.1 * weight * math.log(how["factor"]) + 1.0 if how["factor"] > 1 else 1.0
+def yarn_factor(factor: float, mscale: float = 1.0) -> float:
+    """Compute YaRN's sqrt(1/t) = 0.1 ln(factor) + 1 (eq. 22), with a weight for its first term."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 # What rope_scaling has to say for each type, and what it may say.
 SCALING = {
@@ -692,8 +702,8 @@ SCALING = {
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
     "yarn": (("factor", "original_max_position_embeddings"),
              ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")),
-    "longrope": (("short_factor", "long_factor", "original_max_position_embeddings"),
-                 ("factor", "attention_factor")),
+    "longrope": (("factor", "short_factor", "long_factor", "original_max_position_embeddings"),
+                 ("attention_factor",)),
 }
 
 def check_scaling(how) -> tuple:
@@ -710,8 +720,8 @@ def check_scaling(how) -> tuple:
     needed, free = SCALING[kind]
     lacks = [name for name in needed if name not in how]
     odd = [name for name in how if name not in (*needed, *free, "rope_type")]
-    check(not lacks and not odd, f"rope_scaling of type {kind} has no use for {', '.join(odd)}." if odd else
-          f"rope_scaling of type {kind} does not say {', '.join(lacks)}.")
+    check(not lacks, f"rope_scaling of type {kind} does not say {', '.join(lacks)}.")
+    check(not odd, f"rope_scaling of type {kind} does not know {', '.join(odd)}.")
     for name in how.keys() - {"rope_type", "truncate"}:
         values = how[name] if isinstance(how[name], tuple) else (how[name],)
         fine = all(is_a(x, float) and x > 0 for x in values) and isinstance(how[name], tuple) == (
@@ -756,7 +766,7 @@ class LatentAttention(nn.Module):
 
     Multi-head latent attention (DeepSeek-V2: 2405.04434, 2.1). The rotated part of a key, R wide, is made
     apart and shared by the heads. One token with a cache attends to the latent vectors themselves: the matrix
-    that would make keys of them is multiplied to its query, the one for values to what it finds (eq. 13).
+    that makes keys is folded into its query, and the one that makes values comes after attention (eq. 13).
     """
 
     def __init__(self, config: Config, layer: int):
@@ -777,7 +787,9 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Linear(config.kv_rank, H * (self.nope + self.v), bias=False)
         self.o_proj = Linear(H * self.v, C, bias=False)
         how = dict(config.rope_scaling)
-        self.scale = D**-0.5 * (yarn_factor(how, "mscale_all_dim") ** 2 if how.get("mscale_all_dim") else 1.0)
+        self.scale = D**-0.5
+        if how.get("mscale_all_dim"):
+            self.scale *= yarn_factor(how["factor"], how["mscale_all_dim"]) ** 2
 
     def forward(self, x, cos, sin, mask=None, cache=None):
         B, T, _ = x.shape
@@ -959,13 +971,14 @@ def check_field(name: str, value) -> None:
         return  # see check_scaling
     words = {bool: "true or false", str: "a name"}.get(kind_of(field.type), "a positive number")
     check(fits(value, field.type), f"{name} is {value!r}; it has to be {words}.")
-    least = 0 if not field.default and name != "window" else 1e-12
+    least = 0 if not field.default and name != "window" else 1e-12  # what is 0 or None by default may be 0
     most = 10_000 if name in ("n_layer", "n_head", "n_kv_head", "n_expert") else 2**31
+    most = 1e15 if name == "rope_theta" else most
     numbers = [x for x in (value if isinstance(value, (list, tuple)) else [value]) if is_a(x, float)]
     check(all(least <= x < most for x in numbers), f"{name} is {value!r}; it has to be {words} below {most}.")
 
-def settle(config: Config) -> dict:
-    """Refuse a config that cannot be -> the fields that have one form only, however they were given."""
+def checked_fields(config: Config) -> dict:
+    """Refuse a config that cannot be -> the fields whose form or value follows from others."""
     c = config
     for name in c.__dataclass_fields__:
         check_field(name, getattr(c, name))
@@ -978,22 +991,29 @@ def settle(config: Config) -> dict:
     R = c.rope_dim or head_dim
     how = dict(check_scaling(c.rope_scaling))
     theta = c.rope_theta
-    if how.get("rope_type") == "ntk":  # the slowest pair by the factor, the fastest not at all
-        theta *= how["factor"] ** (R / max(R - 2, 1))
+    if how.get("rope_type") == "ntk":  # a larger theta slows the slowest pair by the factor, the fastest not:
+        theta *= how["factor"] ** (R / max(R - 2, 1))  # it is kept as that, which all classes know
         how = {}
     check(c.n_head % c.n_kv_head == 0,
           f"{c.n_head} heads cannot share {c.n_kv_head} key-value heads evenly.")
-    check(R % 2 == 0, f"head_dim is {R}; RoPE rotates pairs: choose an even one.")
+    check(R % 2 == 0 or c.position != "rope", f"head_dim is {R}; RoPE rotates pairs: choose an even one.")
     check(R <= head_dim, f"rope_dim {R} is more than the {head_dim} of a head.")
     check(not c.kv_rank or (c.rope_dim and c.nope_dim and c.v_dim and c.position == "rope"),
           "Latent attention (kv_rank) needs rope_dim, nope_dim and v_dim, and rotary positions.")
+    plain = not (c.qkv_bias or c.o_bias or c.attn_cap or c.attn_scalar or c.norm_plus_one)
+    check(not c.kv_rank or (plain and c.norm == "rms"),
+          "Latent attention (kv_rank) has no biases, caps or scalar, and plain norms.")
+    check(c.norm == "rms" or not c.norm_plus_one, "norm_plus_one is for norms of kind rms.")
+    check(c.position == "rope" or not how, "rope_scaling is for rotary positions.")
+    check(not c.global_tokens or any(window), "global_tokens is for layers that have a window.")
     for name in ("short_factor", "long_factor"):
         fits_pairs = len(how.get(name, [0] * (R // 2))) == R // 2
         check(fits_pairs, f"{name} has to have {R // 2} numbers, one a pair.")
     check(len(window) in (0, c.n_layer), f"{len(window)} windows do not serve {c.n_layer} layers.")
     check(c.dropout < 1, f"dropout is {c.dropout}; it is a share, from 0 up to, not with, 1.")
     return {"window": () if set(window) == {None} else window, "dense_layers": tuple(c.dense_layers),
-            "eos_id": eos_id, "head_dim": head_dim, "rope_theta": theta, "rope_scaling": tuple(how.items())}
+            "eos_id": eos_id, "head_dim": head_dim, "rope_theta": theta, "rope_scaling": tuple(how.items()),
+            "qk_norm": c.qk_norm and not c.kv_rank}
 
 def sizes(base: Config, rows: str) -> dict[str, Config]:
     """Read sizes, a line each: name, layers, heads, key-value heads, widths: model, feed-forward, head."""
@@ -1034,8 +1054,8 @@ PUBLISHED = [  # what the rows have in common, the rows
     (LLAMA.replace(norm_eps=1e-6, seq_len=2048), """
         llama-7b          32   32  32   4096  11008
         llama-13b         40   40  40   5120  13824
-        llama-30b         60   52  52   6656  17920
-        llama-65b         80   64  64   8192  22016"""),
+        llama-30b         60   52  52   6656  17920"""),
+    (LLAMA.replace(seq_len=2048), "llama-65b 80 64 64 8192 22016"),
     (LLAMA, """
         llama-2-7b        32   32  32   4096  11008
         llama-2-13b       40   40  40   5120  13824
@@ -1055,8 +1075,8 @@ PUBLISHED = [  # what the rows have in common, the rows
         qwen2.5-0.5b      24   14   2    896   4864
         qwen2.5-1.5b      28   12   2   1536   8960
         qwen2.5-3b        36   16   2   2048  11008"""),
-    (QWEN_25.replace(vocab_size=152_064), """
-        qwen2.5-7b        28   28   4   3584  18944
+    (QWEN_25.replace(vocab_size=152_064, seq_len=131_072), "qwen2.5-7b 28 28 4 3584 18944"),
+    (QWEN_25.replace(vocab_size=152_064, seq_len=131_072, norm_eps=1e-5), """
         qwen2.5-14b       48   40   8   5120  13824
         qwen2.5-32b       64   40   8   5120  27648
         qwen2.5-72b       80   64   8   8192  29568"""),
@@ -1103,6 +1123,8 @@ def resize(preset: str, n_layer=None, n_embd=None, seq_len=None, **fields) -> Co
     else:
         useless = [name for name in EXPERT_FIELDS if name in fields]
         check(not useless, f"--set {', '.join(useless)} needs experts: --set n_expert=8.")
+    if len(set(base.window)) == 1:
+        fields.setdefault("window", base.window[:1])
     return base.replace(**fields)
 
 # Our field -> the key in config.json, in every family.
@@ -1156,11 +1178,13 @@ POST_NORMS = {".post_attention_layernorm.": ".pre_feedforward_layernorm.",
               ".attn_out_norm.": ".post_attention_layernorm.",
               ".mlp_out_norm.": ".post_feedforward_layernorm."}
 QKV = ("q_proj", "k_proj", "v_proj")
+QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 FAMILIES = {  # those with experts stand in moe.py
     "LlamaForCausalLM": Family("llama", {}, BIASES | {"mlp_bias": "mlp_bias"}),
-    "MistralForCausalLM": Family("mistral", window="all"),
-    "Qwen2ForCausalLM": Family("qwen2", {"qkv_bias": True}, {"head_dim": None}, window="any"),
-    "Qwen3ForCausalLM": Family("qwen3", {"qk_norm": True}, BIASES, window="any"),
+    "MistralForCausalLM": Family("mistral", window="all", defaults={"sliding_window": 4096}),
+    "Qwen2ForCausalLM": Family("qwen2", {"qkv_bias": True}, {"head_dim": None}, window="any", defaults=QWEN),
+    "Qwen3ForCausalLM": Family("qwen3", {"qk_norm": True}, BIASES, window="any",
+                               defaults=QWEN | {"head_dim": 128}),
     "GPT2LMHeadModel": Family(
         "gpt2", LINEAR_BIASES | {"position": "learned", "norm": "layer", "gated": False},
         {"seq_len": "n_positions", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
@@ -1197,7 +1221,8 @@ FAMILIES = {  # those with experts stand in moe.py
         defaults={"partial_rotary_factor": 0.5, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5}),
     "Phi3ForCausalLM": Family(
         "phi3", {}, {"rope_dim": "partial_rotary_factor", "head_dim": None}, window="all",
-        fused={"qkv_proj": QKV, "gate_up_proj": ("gate_proj", "up_proj")}),
+        fused={"qkv_proj": QKV, "gate_up_proj": ("gate_proj", "up_proj")},
+        defaults={"original_max_position_embeddings": 4096}),
 }
 OWN = Family("octavo")
 
@@ -1232,8 +1257,9 @@ def write_as(config: Config, name: str, family: Family) -> dict:
         return hf | own
     sliding = [w for w in config.windows if w is not None]
     hf["sliding_window"] = sliding[0] if sliding else None
-    if family.window == "any":
+    if "use_sliding_window" in family.defaults:
         hf["use_sliding_window"] = bool(sliding)
+    if family.window == "any":
         hf["layer_types"] = ["sliding_attention" if w else "full_attention" for w in config.windows]
     return hf | (load_moe().experts_to_hf(config, family) if config.n_expert else {})
 
@@ -1256,7 +1282,10 @@ def rope_to_hf(config: Config, family: Family) -> dict:
 
 def family_named(hf: dict) -> tuple[Family, str]:
     """Find the family that a config.json names, and the kind of head."""
-    name = (hf.get("architectures") or ["?"])[0]
+    name = (hf.get("architectures") or [None])[0]
+    if name is None:  # then the first class of that type
+        named = {family.model_type: name for name, family in (FAMILIES | load_moe().FAMILIES).items()}
+        name = named.get(str(hf.get("model_type")), "?")
     head = "score" if name.endswith(SCORE) else "lm"
     name = name.replace(SCORE, "ForCausalLM")
     if hf.get("model_type") == "octavo":
@@ -1274,8 +1303,8 @@ def config_from_hf(hf: dict) -> Config:
     hf = family.defaults | hf
     if keys["ffn_dim"] == "n_inner":  # GPT-2's default
         hf["n_inner"] = hf.get("n_inner") or hf.get("n_embd") and 4 * hf["n_embd"]
-    missing = [keys[field] for field in ("vocab_size", "n_layer", "n_head", "n_embd", "ffn_dim")
-               if hf.get(keys[field]) is None]
+    missing = [keys[field] for field in ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd", "ffn_dim",
+                                         "norm_eps") if hf.get(keys[field]) is None]
     check(not missing, f"config.json does not say {', '.join(missing)}.")
     read = {key for field, key in keys.items() if field not in family.fixed}
     read |= set(NAMES if family is OWN else ())
@@ -1285,6 +1314,8 @@ def config_from_hf(hf: dict) -> Config:
         check(key in read or value is None or value in values,
               f"config.json says {key} {value!r:.60}, which is not supported.")
     fields = {field: hf[key] for field, key in keys.items() if key and hf.get(key) is not None}
+    if fields.get("pad_id") == -1:  # early conversions of LLaMA say so that there is none
+        del fields["pad_id"]
     n_layer, heads = fields["n_layer"], fields["n_head"]
     for field in ("n_layer", "n_head", "n_embd"):
         fine = is_a(fields[field], int) and fields[field] > 0
@@ -1328,21 +1359,32 @@ def rope_from_hf(hf: dict, family: Family, fields: dict) -> dict:
     how = {name: value for name, value in rope.items() if name not in other}
     needs = SCALING.get(kind, ((), ()))[0] if isinstance(kind, str) else ()
     if "original_max_position_embeddings" in needs:
-        how.setdefault("original_max_position_embeddings",
-                       hf.get("original_max_position_embeddings") or fields.get("seq_len"))
+        inner = how.get("original_max_position_embeddings") or fields["seq_len"]
+        original = hf.get("original_max_position_embeddings") or inner
+        how["original_max_position_embeddings"] = original
+        if kind == "longrope" and is_a(original, int) and original > 0:  # (a run may change seq_len)
+            how.setdefault("factor", fields["seq_len"] / original)
+    for name in ("mscale", "mscale_all_dim", "finetuned"):  # zero is absent, the last says nothing
+        if name in how and (not how[name] or name == "finetuned"):
+            del how[name]
     return found | {"rope_scaling": {} if kind == "default" else how | {"rope_type": kind}}
 
 def windows_from_hf(hf: dict, family: Family, n_layer: int) -> tuple[int | None, ...]:
     """Read the window of each layer; older folders say from which layer on they slide, or which do not."""
     width = hf.get("sliding_window")
-    per_layer = family.window == "any"
-    if width is None or family.window == "none" or (per_layer and not hf.get("use_sliding_window", False)):
+    off = "use_sliding_window" in family.defaults and not hf["use_sliding_window"]
+    if width is None or family.window == "none" or off:
         return ()
-    full = min(n_layer, hf.get("max_window_layers", 28)) if per_layer else 0
-    types = ["full_attention"] * full + ["sliding_attention"] * (n_layer - full)
+    bound = hf.get("max_window_layers", n_layer if family.every else 0)
     if every := hf.get("sliding_window_pattern") or family.every:
-        types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(n_layer)]
-    types = hf.get("layer_types") or types
+        slides = [(i + 1) % every > 0 and i < bound for i in range(n_layer)]
+    else:
+        slides = [i >= bound for i in range(n_layer)]
+    types = ["sliding_attention" if slide else "full_attention" for slide in slides]
+    if family.window == "all":
+        types = ["sliding_attention"] * n_layer
+    elif hf.get("layer_types"):
+        types = hf["layer_types"]
     other = set(types) - {"full_attention", "sliding_attention"}
     check(not other, f"Layers of type {', '.join(map(str, other))} are not supported yet.")
     return tuple(width if kind == "sliding_attention" else None for kind in types)
@@ -1374,7 +1416,8 @@ def to_disk(weights: dict, config: Config) -> dict:
     family = family_of(config)[1]
     found = {}
     for theirs, names in on_disk(weights, config, family).items():
-        parts = [turn(weights[name].detach().cpu(), name, config, family, back=True) for name in names]
+        parts = [weights[name].detach().cpu() for name in names]
+        parts = [swap_rope_rows(p, n, config, family, back=True) for p, n in zip(parts, names, strict=True)]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         found[theirs] = (whole.T if is_transposed(theirs, family) else whole).contiguous()
     return found
@@ -1389,12 +1432,12 @@ def from_disk(tensor, theirs: str, shapes: dict, config: Config, family: Family)
     parts = dict(zip(shapes, tensor.split(rows), strict=True))
     if len(parts) > 1 or not tensor.is_contiguous():  # a part would keep the whole alive
         parts = {name: part.clone(memory_format=torch.contiguous_format) for name, part in parts.items()}
-    return {name: turn(part, name, config, family) for name, part in parts.items()}
+    return {name: swap_rope_rows(part, name, config, family) for name, part in parts.items()}
 
 def is_transposed(theirs: str, family: Family) -> bool:
     return theirs.endswith(tuple(f".{name}.weight" for name in family.transposed))
 
-def turn(weight, name: str, config: Config, family: Family, back: bool = False):
+def swap_rope_rows(weight, name: str, config: Config, family: Family, back: bool = False):
     """Bring the rows that are rotated from pairs of neighbours to halves, where a family has them so."""
     made = ("self_attn.q_proj.weight", "q_b_proj.weight", "kv_a_proj_with_mqa.weight")
     if not family.interleaved or not name.endswith(made):
@@ -1563,7 +1606,8 @@ def save_checkpoint(folder, model, tokenizer: str | Path, *, state=None, weights
         weights.pop("lm_head.weight", None)
     weights = to_disk(weights, model.config)
     broken = [name for name, p in weights.items() if not p.abs().max() < 65504]  # fp16's largest; NaN
-    check(not broken, f"Weights are no sane numbers ({', '.join(broken[:1])}): {folder} keeps what it holds.")
+    check(not broken, f"Weights are not finite, or too large for fp16 ({', '.join(broken[:1])}): {folder} "
+          "keeps what it holds.")
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     files = checkpoint_files(model.config, tokenizer, dtype)
     files["model.safetensors"] = lambda path: save_file(weights, path, {"format": "pt"})
@@ -1585,9 +1629,11 @@ def checkpoint_files(config: Config, tokenizer: str | Path, dtype: str = "float3
     """
     base = Path(tokenizer).parent
     text = read_tokenizer(tokenizer).decode()
-    about = json.dumps(config_to_hf(config) | {"dtype": dtype}, indent=2) + "\n"
+    foreign = (base / "config.json").is_file()
+    bos_id = read_json(base / "config.json").get("bos_token_id") if foreign else None
+    about = json.dumps(config_to_hf(config) | {"dtype": dtype, "bos_token_id": bos_id}, indent=2) + "\n"
     files = {"config.json": about, "tokenizer.json": text}
-    if (base / "config.json").is_file():
+    if foreign:
         own = [base / name for name in CARRIED if (base / name).is_file()]
         return files | {path.name: path.read_text(encoding="utf-8") for path in own}
     with reading(tokenizer):
@@ -1622,7 +1668,8 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
     check_memory(config, torch.device(device), 2)
     with torch.device("meta"):
         model = Transformer(config)
-    expected = dict(model.named_parameters()) | dict(model.named_buffers())
+    buffers = dict(model.named_buffers())
+    expected = dict(model.named_parameters()) | buffers
     family, _ = family_named(read_json(Path(folder) / "config.json"))
     plan = on_disk(expected, config, family)
     unused = rf"rotary_emb\.inv_freq$|{family.ignored.format(n_layer=config.n_layer)}"
@@ -1640,7 +1687,8 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
                   f"{', '.join(map(str, shapes.values()))}.")
             again = parts.keys() & found.keys()
             check(not again, f"{path} holds {name} once more: which of the files are the weights?")
-            found |= {ours: part.to(dtype or part.dtype) for ours, part in parts.items()}
+            for ours, part in parts.items():  # the routers' biases decide near ties: they stay float32
+                found[ours] = part.float() if ours in buffers else part.to(dtype or part.dtype)
     missing = sorted(expected.keys() - found.keys())
     check(not missing, f"{folder} lacks {len(missing)} tensors, {', '.join(missing[:1])} among them.")
     model.load_state_dict(found, strict=False, assign=True)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Annotated
 
 from model import (  # before torch: it says how OpenMP's threads wait
-    AUX, MLP, Config, Family, Linear, Tokens, Transformer, check, check_memory, check_out, config_to_hf,
+    AUX, MLP, QWEN, Config, Family, Linear, Tokens, Transformer, check, check_memory, check_out, config_to_hf,
     console, count_params, evaluate, find_checkpoint, load_model, load_tokenizer, opt, pick_device,
     pick_dtype, read_tokenizer, resize, run_app, save_checkpoint, save_files, say, synchronize,
 )
@@ -180,7 +180,7 @@ class MoE(nn.Module):
         return y, self.row(logits, scores.view(B, T, E), chosen.view(B, T, -1), dropped)
 
     def row(self, logits, scores, chosen, dropped):
-        """Measure the columns of model.AUX, then the loads: (5 + E,), means over sequences."""
+        """Measure the columns of model.AUX, then the loads: (5 + E,), means over sequences, with any pads."""
         c = self.config
         load = expert_load(chosen, c.n_expert)
         share = scores / scores.sum(-1, keepdim=True)
@@ -244,20 +244,23 @@ LATENT_KEYS = {"head_dim": None, "kv_rank": "kv_lora_rank", "q_rank": "q_lora_ra
 MIXTRAL_NAMES = {".mlp.gate.": ".block_sparse_moe.gate.", ".mlp.experts.": ".block_sparse_moe.experts.",
                  ".gate_proj.": ".w1.", ".down_proj.": ".w2.", ".up_proj.": ".w3."}
 SIGMOID = {"router": "sigmoid", "router_bias": True}
-DEEPSEEK_V3 = {"norm_topk_prob": True, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+QWEN_MOE = QWEN | {"norm_topk_prob": False}
+DEEPSEEK_V3 = {"norm_topk_prob": True, "n_shared_experts": 1, "n_group": 8, "topk_group": 4,
+               "first_k_dense_replace": 3, "routed_scaling_factor": 2.5}
 V2_METHODS = {False: "greedy", True: "group_limited_greedy"}  # does it choose groups first?
 # One layer more, in DeepSeek-V3's files, predicts the token after the next: the class has no use for it.
 LATENT = {"interleaved": True, "dense_layers": "first", "ignored": r"\.layers\.{n_layer}\."}
 FAMILIES = {
-    "MixtralForCausalLM": Family("mixtral", {}, MIXTRAL_KEYS, window="all", renames=MIXTRAL_NAMES),
+    "MixtralForCausalLM": Family("mixtral", {}, MIXTRAL_KEYS, window="all", renames=MIXTRAL_NAMES,
+                                 defaults={"rope_theta": 1e6}),
     "Qwen2MoeForCausalLM": Family(
         "qwen2_moe", {"qkv_bias": True, "shared_gate": True}, QWEN_KEYS | {"head_dim": None}, window="any",
-        renames={".shared_experts.": ".shared_expert."}, dense_layers="any",
-        defaults={"norm_topk_prob": False}),
-    "Qwen3MoeForCausalLM": Family("qwen3_moe", {"qk_norm": True}, QWEN_KEYS, window="any", dense_layers="any",
-                                  defaults={"norm_topk_prob": False}),
-    "Dots1ForCausalLM": Family("dots1", {"qk_norm": True, **SIGMOID}, DEEPSEEK_KEYS, dense_layers="first",
-                               defaults=DEEPSEEK_V3 | {"norm_topk_prob": False}, has_score=False),
+        every=2, renames={".shared_experts.": ".shared_expert."}, dense_layers="any", defaults=QWEN_MOE),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", {"qk_norm": True}, QWEN_KEYS, window="all", dense_layers="any",
+                                  defaults=QWEN_MOE),
+    "Dots1ForCausalLM": Family(
+        "dots1", {"qk_norm": True, **SIGMOID}, DEEPSEEK_KEYS, dense_layers="first", has_score=False,
+        neutral={"sliding_window": None}, defaults={"sliding_window": 4096, "n_shared_experts": 1}),
     "DeepseekV2ForCausalLM": Family(
         "deepseek_v2", {"router_normalize": False}, DEEPSEEK_KEYS | LATENT_KEYS, **LATENT,
         neutral={"norm_topk_prob": False, "scoring_func": "softmax",

@@ -109,6 +109,9 @@ def test_presets_are_stock_classes(name):
 
 
 CANNOT_BE = [
+    {"norm_plus_one": True, "norm": "layer"}, {"position": "alibi", "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"global_tokens": 3}, {"kv_rank": 8}, {"kv_rank": 8, "rope_dim": 4, "nope_dim": 4, "v_dim": 4, "o_bias": True},
+    {"rope_dim": 3}, {"rope_dim": 64}, {"position": "spiral"}, {"act": "step"}, {"gated": False, "n_expert": 4},
     {"n_kv_head": 3}, {"head_dim": 7}, {"n_embd": 0}, {"n_layer": -1}, {"ffn_dim": 1.5},
     {"window": (4, 4, 4)}, {"window": 0}, {"norm_eps": 0.0}, {"rope_theta": -1.0}, {"head": "tail"},
     {"dropout": 1.0}, {"dropout": -0.1}, {"vocab_size": -1}, {"seq_len": 1.0},
@@ -133,9 +136,9 @@ def test_one_window_serves_all_layers():
     "changes, word",
     [
         ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
-        ({"architectures": None}, "cannot be opened"),
+        ({"architectures": None, "model_type": "bert"}, "cannot be opened"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn does not say factor"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta": 1}}, "no use for beta"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta": 1}}, "does not know beta"),
         ({"rope_parameters": {"rope_type": "linear", "factor": -4.0}}, "factor -4.0"),
         ({"rope_parameters": {"rope_type": "linear", "factor": [4.0]}}, "factor"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": "x", "factor": 2}}, "rope_theta 'x'"),
@@ -219,6 +222,9 @@ def test_flops_per_token_by_hand():
     for window, keys in count.items():
         config = TINY.replace(window=(window, window))
         assert octavo.flops_per_token(config, T) == pytest.approx(6 * octavo.count_weights(config)[2] + 2 * per_key * keys / T)
+    far = TINY.replace(window=3, global_tokens=2)
+    seen = octavo.visible(torch.arange(T), torch.arange(T), window=3, n_global=2).sum().item()
+    assert octavo.flops_per_token(far, T) == pytest.approx(6 * octavo.count_weights(far)[2] + 2 * per_key * seen / T)
     both = TINY.replace(causal=False)
     assert octavo.flops_per_token(both, T) == pytest.approx(6 * octavo.count_weights(both)[2] + 2 * per_key * T)
     assert octavo.flops_per_token(TINY) == octavo.flops_per_token(TINY, TINY.seq_len)
@@ -245,6 +251,10 @@ def test_experts_of_a_resized_model_cost_what_the_dense_network_does():
     config = resize("nano", n_expert=8, n_expert_active=2, n_expert_shared=1)
     assert config.expert_dim == PRESETS["nano"].ffn_dim // 3
     assert resize("nano", n_expert=8, balance="bias").router_bias
+
+
+def test_a_window_goes_along_when_the_layers_change():
+    assert resize("mistral-7b", n_layer=3).windows == (4096,) * 3
 
 
 def test_sizes_that_cannot_be_resized_to_are_refused_in_a_sentence():

@@ -10,7 +10,7 @@ from conftest import call, refusal, records
 import model
 import moe
 import train
-from model import AUX, PRESETS, Config, Family, Transformer, UserError
+from model import AUX, PRESETS, Config, Transformer, UserError
 
 import numpy as np
 import pytest

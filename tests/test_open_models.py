@@ -49,6 +49,9 @@ CASES = {  # what the case is about: class, its sizes
     "Qwen2-MoE, dense first": ("Qwen2MoeForCausalLM", MOE | {"shared_expert_intermediate_size": 24, "mlp_only_layers": [0]}),
     "Qwen3": ("Qwen3ForCausalLM", {"head_dim": 16, "tie_word_embeddings": True}),
     "Qwen3, biases": ("Qwen3ForCausalLM", {"attention_bias": True}),
+    "Qwen2-MoE, windows": ("Qwen2MoeForCausalLM", MOE | {"shared_expert_intermediate_size": 24, "sliding_window": 6,
+                           "use_sliding_window": True, "max_window_layers": 2}),
+    "Qwen3-MoE, window": ("Qwen3MoeForCausalLM", MOE | {"use_sliding_window": True, "sliding_window": 6}),
     "Qwen3-MoE": ("Qwen3MoeForCausalLM", MOE | {"head_dim": 16, "norm_topk_prob": True}),
     "Qwen3-MoE, dense": ("Qwen3MoeForCausalLM", MOE | {"mlp_only_layers": [1], "decoder_sparse_step": 1}),
     "Gemma": ("GemmaForCausalLM", GEMMA | {"num_key_value_heads": 1}),
@@ -145,10 +148,11 @@ def as_before(facts: dict) -> dict:
     if kind == "longrope":  # as Phi-3's folders were first published
         facts["rope_scaling"]["type"] = "su"
     facts["torch_dtype"] = facts.pop("dtype", None)
+    facts.pop("layer_types", None)
     return facts
 
 
-OLD = ["GPT-2", "LLaMA 3.1", "LLaMA, interpolated", "LLaMA, YaRN", "Mistral", "Mixtral, window", "Qwen2, windows", "Qwen2, YaRN",
+OLD = ["GPT-2", "Qwen2-MoE, windows", "Qwen3-MoE, window", "LLaMA 3.1", "LLaMA, interpolated", "LLaMA, YaRN", "Mistral", "Mixtral, window", "Qwen2, windows", "Qwen2, YaRN",
        "Qwen3", "Gemma 2", "Gemma 3, slowed", "Phi-2", "Phi-4-mini", "DeepSeek-V2, YaRN", "DeepSeek-V3, YaRN"]  # fmt: skip
 
 
@@ -251,6 +255,56 @@ def test_a_global_token_is_seen_beyond_the_window():
     positions = torch.arange(6)
     seen = octavo.visible(positions, positions, window=2, n_global=1)
     assert seen.int().tolist()[4] == [1, 0, 0, 1, 1, 0] and not seen[0, 1]
+
+
+def test_what_a_forward_pass_cannot_do_is_refused_at_the_door():
+    net = ours(TINY)
+    cache = Cache(net.config, 2, 8)
+    positions = torch.tensor([[0, 1, 2], [0, -1, -1]])
+    net(draw(2, 3), positions=positions, cache=cache)
+    with pytest.raises(UserError, match="say the positions"):
+        net(draw(2, 1), cache=cache)
+    learned = ours(WAYS["learned"])
+    cache = Cache(learned.config, 1, 99)
+    with pytest.raises(UserError, match="learned 48 places"):
+        learned(draw(1, 49), cache=cache)
+    assert cache.n == 0
+
+
+def test_longrope_stays_what_it_was_when_the_context_is_trained_shorter():
+    config = octavo.config_from_hf(make(*CASES["Phi-4-mini"]).config.to_dict() | {"architectures": ["Phi3ForCausalLM"]})
+    x = torch.arange(3)
+    assert octavo.rope_frequencies(config, x)[1] == octavo.rope_frequencies(config.replace(seq_len=8), x)[1] > 1.1
+
+
+@torch.no_grad()
+def test_a_routers_bias_stays_in_float32(tmp_path):
+    theirs = make(*CASES["DeepSeek-V3"])
+    theirs.save_pretrained(tmp_path)
+    net = load_model(tmp_path, dtype=torch.bfloat16)
+    kept = net.layers["2"].mlp.gate.e_score_correction_bias
+    assert kept.dtype == torch.float32 and torch.equal(kept, theirs.model.layers[2].mlp.gate.e_score_correction_bias)
+    actor = octavo.cast(octavo.Transformer(net.config), "cpu", torch.bfloat16)
+    assert {p.dtype for p in actor.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in actor.buffers()} == {torch.float32}
+
+
+@pytest.mark.parametrize("changes", [
+    {"pad_token_id": -1}, {"rope_theta": 3580165449.0, "rope_parameters": None}, {"hidden_act": "swish"}, {"architectures": None},
+    {"rope_parameters": YARN | {"finetuned": True, "mscale_all_dim": 0}},
+], ids=str)  # fmt: skip
+def test_what_published_files_say_in_odd_ways_is_read(changes, tmp_path):
+    folder = published(tmp_path)
+    change_config(folder, **changes)
+    load_model(folder)
+
+
+def test_the_token_that_begins_a_text_is_kept(tmp_path):
+    folder = published(tmp_path)
+    change_config(folder, bos_token_id=7)
+    (folder / "tokenizer.json").write_text("{}")
+    save_checkpoint(tmp_path / "out", load_model(folder), folder / "tokenizer.json")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["bos_token_id"] == 7
 
 
 def test_learned_places_end():
