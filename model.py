@@ -1006,9 +1006,8 @@ def checked_fields(config: Config) -> dict:
     check(c.norm == "rms" or not c.norm_plus_one, "norm_plus_one is for norms of kind rms.")
     check(c.position == "rope" or not how, "rope_scaling is for rotary positions.")
     check(not c.global_tokens or any(window), "global_tokens is for layers that have a window.")
-    for name in ("short_factor", "long_factor"):
-        fits_pairs = len(how.get(name, [0] * (R // 2))) == R // 2
-        check(fits_pairs, f"{name} has to have {R // 2} numbers, one a pair.")
+    for name in how.keys() & {"short_factor", "long_factor"}:
+        check(len(how[name]) == R // 2, f"{name} has to have {R // 2} numbers, one a pair.")
     check(len(window) in (0, c.n_layer), f"{len(window)} windows do not serve {c.n_layer} layers.")
     check(c.dropout < 1, f"dropout is {c.dropout}; it is a share, from 0 up to, not with, 1.")
     return {"window": () if set(window) == {None} else window, "dense_layers": tuple(c.dense_layers),
