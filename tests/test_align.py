@@ -294,6 +294,7 @@ def test_text_that_is_no_python_is_refused(data, tmp_path):
     assert not (tmp_path / "i").exists()
 
 
+@pytest.mark.slow
 def test_a_script_without_a_model_hardly_passes(modules, tmp_path):
     """It does all that the prompt asks for, but does not agree with the author."""
     import script_without_a_model as script
@@ -586,6 +587,7 @@ def test_transformers_opens_them(stages):
     torch.testing.assert_close(found[0], mine, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, data, more", [
     ("sft", "sft", {}), ("sft", "sft", {"optimizer": "muon", "set": ["dropout=0.2"]}), ("dpo", "pairs", {}),
     ("reward", "ranking", {}), ("dpo", "pairs", {"lora_rank": 4}), ("reward", "pairs", {"lora_rank": 4}),
@@ -1051,6 +1053,7 @@ def test_simpo_loss_equals_trls():
 
 
 STEPS, BATCH = 20, 8  # of a race; the figures in RESULTS.md were taken with 32
+TURNS = int(os.environ.get("TURNS", 1))  # of the race: more say what the machine's noise is
 
 
 def race_data(modules, tokenizer, count):
@@ -1101,7 +1104,7 @@ def test_seconds_of_an_epoch_beside_trls(stage, dtype, modules, tmp_path):
     common = {"per_device_train_batch_size": BATCH, **common, **more}
     hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
     times, steps = {"ours": [], "trl's": []}, []
-    for turn in range(2):
+    for turn in range(TURNS):
         files = {"model": str(tmp_path / "base"), "data": [str(tmp_path / "d.jsonl")], "out": str(tmp_path / f"o{turn}")}
         learner = align.METHODS[stage](kind(**files, dtype=dtype, device="cpu", batch_size=BATCH))
         assert len(learner.items) == STEPS * BATCH

@@ -304,6 +304,7 @@ def test_more_than_memory_holds():
         bench.decode(preset="llama-2-70b", device="cpu")
 
 
+@pytest.mark.slow
 def test_few_open_files_are_no_traceback(tmp_path, files=40):
     """A limit on open files, as some systems have it, ends in a sentence or in the result."""
     pytest.importorskip("resource", reason="Windows has no such limit")

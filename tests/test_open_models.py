@@ -99,8 +99,13 @@ def make(name: str, sizes: dict):
     return net
 
 
+QUICK = ["GPT-2", "LLaMA, wide heads", "LLaMA 3.1", "LLaMA, YaRN", "Mistral", "Mixtral", "Qwen2, windows", "Qwen2-MoE",
+         "Qwen3", "Qwen3-MoE, window", "Gemma", "Gemma 2, small caps", "Gemma 3, slowed", "Phi-2", "Phi-4-mini",
+         "DeepSeek-V2", "DeepSeek-V2-Lite", "DeepSeek-V3, YaRN"]  # fmt: skip
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c not in QUICK)) for c in CASES])
 def test_a_published_folder_is_what_it_is_there(case, tmp_path):
     name, sizes = CASES[case]
     theirs = make(name, sizes)

@@ -641,6 +641,7 @@ def test_joining_the_shards_may_take_longer_than_the_timeout(data, tmp_path):
     assert code == 0 and (tmp_path / "run" / "model.safetensors").exists(), err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_full_disk_at_any_moment_of_a_sharded_save(exists, saver, monkeypatch):
     made, save = saver

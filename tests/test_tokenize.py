@@ -257,6 +257,7 @@ def test_pattern_equals_tiktoken_cl100k():
         assert tk.regex.findall(theirs, text) == tk.regex.findall(tk.PATTERNS["gpt4"], text), repr(text)
 
 
+@pytest.mark.slow
 def test_same_ids_in_tokenizers_and_transformers(bpe, char, tmp_path):
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is in requirements-dev.txt")
     transformers = pytest.importorskip("transformers", reason="transformers is in requirements-dev.txt")

@@ -406,12 +406,12 @@ def test_a_killed_command_resumes_to_the_same_bits(data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw", "dtype": "fp32", "micro_batch": 3}],
+@pytest.mark.parametrize("changes, n", [({}, 20), ({"optimizer": "adamw", "dtype": "fp32", "micro_batch": 3}, 8)],
                          ids=["muon bf16", "adamw fp32"])
-def test_twenty_kills(data, tmp_path, changes):
-    sizes = {"max_steps": 600, "save_interval": 2, "eval_interval": 500, **changes}  # half of it are saves
+def test_twenty_kills(data, tmp_path, changes, n):
+    sizes = {"max_steps": 30 * n, "save_interval": 2, "eval_interval": 500, **changes}  # half of it are saves
     train.train(options(data, tmp_path / "whole", **sizes))
-    assert kill_and_resume(data, tmp_path / "cut", 20, 1, **sizes) == (20, weights(tmp_path / "whole"))
+    assert kill_and_resume(data, tmp_path / "cut", n, 1, **sizes) == (n, weights(tmp_path / "whole"))
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
@@ -823,6 +823,7 @@ def test_every_option_and_setting_has_a_test():
     assert len(DECLARED) <= 30 and SETTINGS == {"grad_clip", "min_lr", "weight_decay"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_an_option_does_something(data, plain, tmp_path, monkeypatch, name):
     value, changed = CHANGES[name]
@@ -1045,6 +1046,7 @@ def test_a_curve_of_anything():
     assert "o val" in train.curve(log(2.0, 2.0))  # a flat one
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
 def test_few_file_descriptors_are_no_traceback_after_training(data, tmp_path):
     run = tmp_path / "run"
