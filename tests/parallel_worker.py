@@ -40,7 +40,7 @@ LAYOUTS = {
     },
     8: {"replicate x shard x tp": {"tp": 2, "zero": 3, "replicate": 2}},
 }
-SHORT = {"muon": ("zero-3", "zero-1 x tp 2"), "adamw, accumulate": ("zero-2",), "experts, muon": ("zero-3",),
+SHORT = {"muon": ("zero-3", "zero-1 x tp 2"),
          "adamw": ("ddp", "zero-1", "zero-2", "zero-3 x tp 2", "tp 4, sequence", "replicate x shard")}
 LONG = {"muon": tuple(LAYOUTS[4]), "adamw": tuple(LAYOUTS[4]), "experts, muon": ("ddp", "zero-1", "zero-3"),
         "experts, adamw": ("ddp", "zero-1", "zero-3"),

@@ -861,6 +861,7 @@ def test_a_mistake_is_a_sentence_and_exit_code_2():
     assert code == 2 and "error: --lr is -1.0; it has to be above 0" in err and "Traceback" not in err, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "grpo"])
 def test_show_mask(name, base, lines):
     code, _, err = command("align.py", name, "--model", base, "--data", lines / "sft.jsonl", "--show-mask", "1", env={"FORCE_COLOR": "1"})

@@ -248,6 +248,7 @@ CUTS += [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [*NORMALIZERS, *CUTS], ids=lambda part: json.dumps(part)[:60])
 def test_parts_of_published_files_give_their_ids(tmp_path, part):
     spec = small_spec()

@@ -748,6 +748,7 @@ def test_generate_is_the_plain_loop(window):
     assert generate(net, prompts, 10, eos_id=eos) == cut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("rows", [1, 3, 8, 256])
 def test_generate_in_rows_of_any_number(window, rows):
@@ -936,6 +937,7 @@ def test_optimizer_goes_on_bit_for_bit(name, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(cold.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_optimizer_learns(name):
     net = Transformer(TINY).init_weights()

@@ -538,6 +538,7 @@ def test_options_of_a_mixture_need_experts(modules, tmp_path):
         run(modules, tmp_path / "x", ["capacity=1.5"])
 
 
+@pytest.mark.slow
 def test_upcycle_and_train_on(dense, modules, tmp_path):
     mixed = tmp_path / "mixed"
     losses = call(moe.upcycle, dense, mixed, "--data", modules, "--n-expert", "4")

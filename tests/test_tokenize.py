@@ -1132,6 +1132,7 @@ def test_too_little_text_for_the_merges_is_a_warning(tmp_path):
     assert f"warning: the text gives {made} ids only" in done.stderr.decode() and 272 < made < 290
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
 @pytest.mark.parametrize("number", ["SIGINT", "SIGKILL"])
 def test_a_killed_prepare_leaves_nothing_half_written(corpus, tmp_path, number):

@@ -344,7 +344,10 @@ RESUMES = {
 }
 
 
-@pytest.mark.parametrize("case", RESUMES)
+QUICK = ("fp32", "mlm, dropout", "fp16, noise")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c not in QUICK)) for c in RESUMES])
 def test_resume_is_exact(data, tmp_path, monkeypatch, case):
     train.train(options(data, tmp_path / "whole", **RESUMES[case]))
     with monkeypatch.context() as patch:
