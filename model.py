@@ -166,6 +166,10 @@ class Config:
         how = dict(self.rope_scaling)
         return how["original_max_position_embeddings"] if how.get("rope_type") == "longrope" else None
 
+    def is_local(self, layer: int) -> bool:
+        """Tell whether a layer rotates by a theta of its own, as those with a window do in Gemma 3."""
+        return self.rope_local_theta is not None and self.windows[layer] is not None
+
     def is_sparse(self, layer: int) -> bool:
         return self.n_expert > 0 and layer not in self.dense_layers
 
@@ -411,9 +415,8 @@ class Transformer(nn.Module):
             columns = len(AUX) + c.n_expert if c.n_expert else 1
             aux = x.new_zeros((c.n_layer, columns), dtype=torch.float32)
         for i, block in self.layers.items():
-            window = c.windows[int(i)]
-            cos, sin = angles[window is not None and c.rope_local_theta is not None]
-            x, aux = self.run_block(block, x, aux, cos, sin, masks[window], cache, dtype)
+            cos, sin = angles[c.is_local(int(i))]
+            x, aux = self.run_block(block, x, aux, cos, sin, masks[c.windows[int(i)]], cache, dtype)
         if not self.last:
             return x, aux
         if output == "last":
@@ -442,12 +445,12 @@ class Transformer(nn.Module):
         return x
 
     def angles(self, positions) -> dict:
-        """Compute (cos, sin) for layers that see the whole context (False), and for those with a window."""
-        if self.config.position != "rope":
+        """Compute (cos, sin) once for all layers that share a theta: {is it the local one?: (cos, sin)}."""
+        c = self.config
+        if c.position != "rope":
             return dict.fromkeys((False, True), (None, None))
-        kinds = {False, self.config.rope_local_theta is not None}
-        frequencies = {kind: rope_frequencies(self.config, positions, kind) for kind in kinds}
-        return {kind: rope_angles(positions, *found) for kind, found in frequencies.items()}
+        kinds = {c.is_local(layer) for layer in range(c.n_layer)}
+        return {local: rope_angles(positions, *rope_frequencies(c, positions, local)) for local in kinds}
 
     def run_block(self, block, *args):
         """Run a block; while training and with `recompute`, keep only its input for the backward pass."""

@@ -185,7 +185,7 @@ class RollingCache(Cache):
         keys, values = self.parts
         self.kept = torch.zeros_like(keys[..., : self.fixed, :])  # sinks as first rotated, summaries at 0
         self.sums = [torch.zeros_like(x[..., :summaries, :], dtype=torch.float32) for x in (keys, values)]
-        local = [w is not None and config.rope_local_theta is not None for w in config.windows]
+        local = map(config.is_local, range(config.n_layer))
         frequencies = torch.stack([rope_frequencies(config, keys, here)[0] for here in local])
         self.frequencies = frequencies.view(config.n_layer, 1, 1, 1, -1)  # (L, 1, 1, 1, R/2)
 

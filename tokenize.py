@@ -1077,8 +1077,13 @@ def read_merges(spec: dict, alphabet: list[str]) -> list[str]:
     lacks = [name for name in names if name not in vocab]
     check(not lacks, f"merges of what the vocabulary has not are not supported: it lacks {lacks[:1]}")
     rank = {name: i for i, name in enumerate(names)}
-    listed = set(pairs)
-    odd = [name for name in made if split_by_earlier_merges(name, rank) not in listed]
+    parts = {}  # token -> the two that are left of it when all merges before its own are done
+    for a, b in pairs:
+        own = rank[a + b]
+        known = rank.get(a, own) < own > rank.get(b, own)
+        if known and a + b not in parts and stay_apart(a, b, own, rank, parts):
+            parts[a + b] = (a, b)
+    odd = [name for name in made if name not in parts]
     ordered = not odd and len(rank) == len(names)
     check(ordered, f"merges in an order of their own are not supported: see {odd[:1]}")
     added = {token["content"] for token in spec.get("added_tokens", [])}
@@ -1086,6 +1091,23 @@ def read_merges(spec: dict, alphabet: list[str]) -> list[str]:
     refused = other and spec["model"].get("ignore_merges")
     check(not refused, f"the option ignore_merges is not supported where no merge makes {other[:1]}")
     return names
+
+def stay_apart(a: str, b: str, end: int, rank: dict, parts: dict) -> bool:
+    """Tell whether the texts of two tokens, side by side, are just these two after the merges below `end`.
+
+    Only what touches the border could join across it. So go back in time, and undo the later merge of the two
+    that touch: what touched before it must not join before it either. Of equal merges the left one is first.
+    """
+    while True:
+        if rank.get(a + b, end) < end:
+            return False
+        left, right = parts.get(a), parts.get(b)
+        if left and (not right or rank[a] > rank[b]):
+            end, a = rank[a], left[1]
+        elif right:
+            end, b = rank[b] + 1, right[0]
+        else:
+            return True
 
 def split_by_earlier_merges(name: str, rank: dict) -> tuple:
     """Merge the letters of a token by all tokens before it -> the parts: two where all is well."""

@@ -323,6 +323,34 @@ def test_files_of_ranks(tmp_path, monkeypatch):
     assert ours.eot_id == len(ranks)
 
 
+def test_two_tokens_stay_apart_where_the_merges_say_so():
+    """Against the merges done one by one, for lists in any order."""
+    rng = random.Random(0)
+    whole = 0
+    for _ in range(4000):
+        letters = "abc"[: rng.randint(1, 3)]
+        names, pairs = list(letters), []
+        for _ in range(rng.randint(1, 9)):
+            a, b = rng.choice(names), rng.choice(names)
+            if a + b not in names:
+                pairs.append((a, b))
+                names.append(a + b)
+        if rng.random() < 0.4:
+            rng.shuffle(pairs)
+        rank = {name: i for i, name in enumerate([*letters, *(a + b for a, b in pairs)])}
+        parts = {}
+        for a, b in pairs:
+            own = rank[a + b]
+            apart = max(rank[a], rank[b]) < own and tk.stay_apart(a, b, own, rank, parts)
+            assert apart == (tk.split_by_earlier_merges(a + b, rank) == (a, b))
+            if not apart:
+                break
+            parts[a + b] = (a, b)
+        else:
+            whole += 1
+    assert 1000 < whole < 3500
+
+
 # ---- Conversations
 
 TALK = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "Four, I think."},
