@@ -375,3 +375,5 @@ def main(data, out, *jobs):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(0)  # on Python's own way out gloo's threads now and then abort the process

@@ -624,13 +624,15 @@ def test_when_the_others_are_gone_only_what_they_wrote_is_put_in_place(written, 
 
 
 SLOW_JOIN = """
-import sys, time
+import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import parallel
 join = parallel.join_shards
 parallel.join_shards = lambda folder: time.sleep(16) or join(folder)
 parallel.train(parallel.Options(data=[sys.argv[2]], out=sys.argv[3], preset="nano", n_layer=1, n_embd=32, seq_len=32,
     tokens_per_step=64, max_steps=1, device="cpu", timeout=10.0))
+sys.stderr.flush()
+os._exit(0)  # on Python's own way out gloo's threads now and then abort the process
 """
 
 
