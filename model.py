@@ -1,6 +1,7 @@
 """The decoder, the folder it lives in, and what surrounds every run.
 
-Part I    the decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU; one mask, one cache, one loss a token.
+Part I    the decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU; one mask, one cache, one loss a token;
+          then what other open families have in their place: further positions, norms, latent attention.
 Part II   the folders: a checkpoint *is* a Hugging Face folder; a data folder is a flat file of token ids.
 Part III  the run: devices, optimizer, options, the loop around a step, errors that are one sentence.
 Part IV   the same, faster on a CPU.
@@ -96,7 +97,7 @@ class Config:
     pad_id: int | None = None
     # what sets the open families apart: see FAMILIES
     position: str = "rope"  # or "learned" (a vector a place), "alibi" (a penalty for distance), "none"
-    rope_scaling: dict = ()  # how the rotation is slowed down, as config.json says it: see `slow_down`
+    rope_scaling: dict = ()  # as config.json has it (see `slow_down`); kept as pairs, which can be hashed
     rope_dim: int | None = None  # so many numbers of a head are rotated; None: all
     rope_local_theta: float | None = None  # of the layers that have a window, without rope_scaling
     global_tokens: int = 0  # so many first tokens of a text stay visible beyond any window
@@ -790,7 +791,7 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Linear(config.kv_rank, H * (self.nope + self.v), bias=False)
         self.o_proj = Linear(H * self.v, C, bias=False)
         how = dict(config.rope_scaling)
-        self.scale = D**-0.5
+        self.scale = D**-0.5  # (the norms' eps above is what both classes fix)
         if how.get("mscale_all_dim"):
             self.scale *= yarn_factor(how["factor"], how["mscale_all_dim"]) ** 2
 
@@ -919,7 +920,8 @@ def generate(model, prompts, max_new_tokens, pick=greedy, eos_id=(), samples=1, 
                 alive = [alive[r] for r in going]
                 ids, positions = ids[going], positions[going]
                 cache.select(going)
-            if model.config.rereads_at is not None and (positions == model.config.rereads_at).any():
+            sizes = (len(prompts[t // samples]) + len(out[t]) for t in alive if t not in ended)
+            if model.config.rereads_at is not None and model.config.rereads_at + 1 in sizes:
                 texts = [prompts[t // samples] + out[t] for t in alive]
                 logits, positions, cache = read_prompts(model, texts)
                 continue
