@@ -179,6 +179,8 @@ class Linear(nn.Linear):
 
     def forward(self, x):  # (..., in) -> (..., out)
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if is_compiled_row(x):
+            return multiply_row(x, self.weight, bias)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 class RMSNorm(nn.Module):
@@ -252,6 +254,8 @@ def attend(q, k, v, mask=None, scale=None, cap=None):
         return attend_capped(q, k, v, mask, scale or q.shape[-1] ** -0.5, cap)
     few = q.shape[2] == 1 or k.shape[2] <= CPU_SHORT
     added = isinstance(mask, torch.Tensor) and mask.dim() == 4
+    if q.shape[2] == 1 and is_compiled_on_cpu(q) and isinstance(mask, torch.Tensor) and not added:
+        return attend_compiled(q, k, v, mask, scale or q.shape[-1] ** -0.5)
     if few and q.device.type == "cpu" and q.dtype == torch.bfloat16 and not added:
         return attend_on_cpu(q, k, v, mask, scale or q.shape[-1] ** -0.5)
     gqa = q.shape[1] != k.shape[1]
@@ -1656,26 +1660,43 @@ def checkpoint_files(config: Config, tokenizer: str | Path, dtype: str = "float3
     files["tokenizer_config.json"] = json.dumps(about, indent=2) + "\n"
     return files
 
-def load_config(folder: str | Path, shards: bool = False) -> Config:
-    """Read config.json, and the ids that end a text from generation_config.json where that names some."""
+def load_config(folder: str | Path, shards: bool = False, quantized: bool = False) -> Config:
+    """Read config.json, and the ids that end a text from generation_config.json where that names some.
+
+    quantized: the caller knows what sample.py's own quantized folders hold.
+    """
     folder = find_checkpoint(folder, shards)
     with reading(folder / "config.json"):
-        config = config_from_hf(read_json(folder / "config.json"))
+        hf = read_json(folder / "config.json")
+        if isinstance(hf, dict) and quantized_kind(hf):
+            check(quantized, f"{folder} holds {quantized_kind(hf)} weights, which sample.py alone opens.")
+            del hf["quantization_config"]
+        config = config_from_hf(hf)
     if (folder / "generation_config.json").is_file():
         eos_id = read_json(folder / "generation_config.json").get("eos_token_id")
         config = config if eos_id is None else config.replace(eos_id=eos_id)
     return config
 
-def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Transformer:
-    """Load a model of a supported family from its Hugging Face folder, in evaluation mode."""
+def quantized_kind(hf: dict) -> str | None:
+    """Return int8 or int4 where a config.json is one of sample.py's quantized folders, else None."""
+    how = hf.get("quantization_config")
+    return how.get("kind") if isinstance(how, dict) and how.get("quant_method") == "octavo" else None
+
+def load_model(folder: str | Path, device="cpu", dtype=None, quantizer=None) -> Transformer:
+    """Load a model of a supported family from its Hugging Face folder, in evaluation mode.
+
+    quantizer: sample.py's, which makes other modules of some and packs each tensor as it is read.
+    """
     config = load_config(folder)
-    check_memory(config, torch.device(device), 2)
+    check_memory(config, torch.device(device), quantizer.itemsize if quantizer else 2)
     with torch.device("meta"):
         model = Transformer(config)
     buffers = dict(model.named_buffers())
     expected = dict(model.named_parameters()) | buffers
     family, _ = family_named(read_json(Path(folder) / "config.json"))
     plan = on_disk(expected, config, family)
+    if quantizer is not None:
+        quantizer.prepare(model)
     unused = rf"rotary_emb\.inv_freq$|{family.ignored.format(n_layer=config.n_layer)}"
     unused += "|^lm_head.weight$" if config.tie else ""
     found = {}
@@ -1692,7 +1713,12 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
             again = parts.keys() & found.keys()
             check(not again, f"{path} holds {name} once more: which of the files are the weights?")
             for ours, part in parts.items():  # the routers' biases decide near ties: they stay float32
-                found[ours] = part.float() if ours in buffers else part.to(dtype or part.dtype)
+                if ours in buffers:
+                    found[ours] = part.float()
+                elif quantizer is not None:
+                    found |= quantizer.pack(ours, part, dtype or part.dtype)
+                else:
+                    found[ours] = part.to(dtype or part.dtype)
     missing = sorted(expected.keys() - found.keys())
     check(not missing, f"{folder} lacks {len(missing)} tensors, {', '.join(missing[:1])} among them.")
     model.load_state_dict(found, strict=False, assign=True)
@@ -2599,3 +2625,25 @@ def attend_on_cpu(q, k, v, mask, scale: float):
         bias = bias if len(bias) == 1 else bias.repeat_interleave(K, 0)
     p = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(-1)  # (B*K, G*T, S)
     return torch.bmm(p, v).view(B, H, T, -1)
+
+def is_compiled_on_cpu(x) -> bool:
+    """Tell whether torch.compile makes code of what is called now, for a CPU."""
+    return torch.compiler.is_compiling() and x.device.type == "cpu"
+
+def is_compiled_row(x) -> bool:
+    """Tell whether x is a single row: then a product reads each weight for one multiplication."""
+    return is_compiled_on_cpu(x) and x.numel() == x.shape[-1]
+
+def multiply_row(x, weight, bias=None):  # (..., in) of one row, (out, in) -> (..., out)
+    """Compute a row's product as one loop that torch.compile writes: it reads twice as fast as F.linear."""
+    y = (weight.float() * x.reshape(1, -1).float()).sum(-1)
+    y = y if bias is None else y + bias
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+def attend_compiled(q, k, v, mask, scale: float):
+    """Compute attention of one query a row, its scores as a loop over the keys: twice as fast as SDPA."""
+    B, H, _, D = q.shape
+    q = q.view(B, k.shape[1], -1, 1, D)  # (B, K, G, 1, D): the G query heads of each key head
+    scores = (q.float() * k.unsqueeze(2).float()).sum(-1) * scale  # (B, K, G, S)
+    p = scores.masked_fill(~mask.unsqueeze(1), -torch.inf).softmax(-1)
+    return torch.matmul(p.to(v.dtype), v).reshape(B, H, 1, -1)
