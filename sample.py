@@ -441,7 +441,8 @@ class Int4(Linear):
         """Bring weight and scales into the form that the kernel wants."""
         self.scales = self.scales.to(torch.bfloat16)
         if self.weight.is_cuda:
-            self.weight = torch._convert_weight_to_int4pack(self.weight, 8)
+            tiles = 8 if self.weight.shape[1] % 64 == 0 else 4  # of 16 columns, read at once
+            self.weight = torch._convert_weight_to_int4pack(self.weight, tiles)
         else:
             q = torch.stack((self.weight >> 4, self.weight & 15), -1).flatten(1).int()
             self.weight = torch._convert_weight_to_int4pack_for_cpu(q, 1)
@@ -610,9 +611,8 @@ class RowCache(Cache):
         """Forget all but the first n tokens: nothing to do, as later ones are written over."""
 
 # A row's product reads its input once for each of the N rows of a matrix: the input has to stand in memory,
-# and not be computed there anew. And a model's modules do not change between two steps: nothing checks that.
-COMPILER = {"realize_opcount_threshold": 1, "realize_reads_threshold": 1,
-            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+# and not be computed there anew.
+COMPILER = {"realize_opcount_threshold": 1, "realize_reads_threshold": 1}
 
 class Step:
     """Read the next tokens of some rows, ids (B, T) at positions (B, T) -> logits (B, T, V), float32.
@@ -764,16 +764,23 @@ class Engine:
         budget = self.piece if writing else 8 * self.piece
         border = self.model.config.rereads_at
         for row, request in enumerate(self.running):
-            if request and border is not None and request.read == border and request.unread == 1:
-                request.read = 0  # beyond the border LongRoPE turns all keys otherwise
+            if request and border is not None and request.read <= border < request.read + request.unread:
+                request.read = 0  # beyond the border LongRoPE turns all keys otherwise: at once, the last too
+                self.read(row, request, request.unread)
+                request.read -= 1
             while request and request.unread > 1 and budget > 0:
-                end = request.read + min(request.unread - 1, budget)
-                ids = torch.tensor([request.text(end)], device=self.device)
-                positions = torch.arange(request.read, end, device=self.device)
-                part = self.cache.part(row, row + 1, end, ragged=False)
-                self.model(ids, positions=positions, cache=part, output="hidden")
-                budget -= ids.shape[1]
-                request.read = end
+                count = min(request.unread - 1, budget)
+                self.read(row, request, count)
+                budget -= count
+
+    def read(self, row: int, request: Request, count: int) -> None:
+        """Read the next tokens of a text into its row."""
+        end = request.read + count
+        ids = torch.tensor([request.text(end)], device=self.device)
+        positions = torch.arange(request.read, end, device=self.device)
+        part = self.cache.part(row, row + 1, end, ragged=False)
+        self.model(ids, positions=positions, cache=part, output="hidden")
+        request.read = end
 
     def write(self) -> list[Request]:
         """Write a token of each text whose prompt is read."""
@@ -961,7 +968,7 @@ def speculate(reader: Reader, propose: Callable, ids: list[int], max_new_tokens:
                 if torch.rand((), generator=generator, device=device) * q[i, token] < p[token]:
                     kept += 1
                 else:
-                    p = (p - q[i]).clamp(min=0)
+                    p = (p - q[i].to(device)).clamp(min=0)
                     token = draw(p.log(), generator).item()
             else:
                 token = draw(p.log(), generator).item()
@@ -1271,6 +1278,8 @@ def main(o: Options) -> None:
 def open_folder(folder: Path, o, config: Config) -> Transformer:
     """Load a model where and as the options say; smaller than the memory if it does not fit as it is."""
     device = pick_device(o.device)
+    if device.type == "cuda":  # cuDNN plans attention anew for each length: 41 ms a token instead of 6 (H200)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     small = device.type == "cpu" and count_weights(config)[2] < 2**28  # bf16 is no faster, and near ties move
     kind = o.quantize
     dtype = "fp32" if o.dtype == "auto" and small and not kind else o.dtype
@@ -1502,6 +1511,7 @@ class ApiError(UserError):
         self.body = {"message": message, "param": param, "code": code,
                      "type": "server_error" if status >= 500 else "invalid_request_error"}
 
+PAUSE = 0.02  # seconds between two pieces of a text: sending each token by itself takes the step's time
 BODY = 2**20  # bytes of a request at most
 # What a request may say: its kind, its range, and what stands where it says nothing.
 FIELDS = {"model": (str, None, None), "stream": (bool, None, False), "stream_options": (dict, None, {}),
@@ -1544,7 +1554,7 @@ def read_fields(body, fields: dict) -> dict:
     return out
 
 class Service:
-    """Run the engine in a thread of its own; each request's tokens come to it through a queue."""
+    """Run the engine beside the clients' threads; each request's tokens come to it through a queue."""
 
     def __init__(self, engine: Engine, tokenizer, name: str, o: ServeOptions, stop: frozenset):
         self.engine = engine
@@ -1556,11 +1566,12 @@ class Service:
         self.lock = threading.Condition()
         self.tokens = 0
 
-    def start(self) -> None:
-        threading.Thread(target=self.work, daemon=True).start()
-
     def work(self) -> None:
-        """Step while there is work, for ever."""
+        """Step while there is work, for ever.
+
+        This is the main thread's work, and clients get threads: OpenMP keeps workers for each thread that
+        ever called it, and with more of them than cores all wait in a slower way (0.6 times the speed here).
+        """
         while True:
             with self.lock:
                 while not self.engine.busy:
@@ -1573,6 +1584,7 @@ class Service:
                         request.finish = "error"
                         request.error = str(error)
                     self.engine.retire()
+                    self.engine.held = [[] for _ in self.engine.held]  # who knows what was written
             for request in written:
                 self.tokens += 1
                 request.out.put((request.new[-1:], request.finish))
@@ -1737,6 +1749,9 @@ class Handler(BaseHTTPRequestHandler):
                         continue
                     tokens, finish = [], "length"
                     request.finish = "cancelled"
+                while finish is None and not request.out.empty():
+                    more, finish = request.out.get()
+                    tokens = tokens + more
                 if finish == "error":
                     raise ApiError(f"The text could not be written: {request.error}", 500)
                 text = writers[index].add(tokens, last=finish is not None)
@@ -1745,6 +1760,7 @@ class Handler(BaseHTTPRequestHandler):
                 if finish is not None:
                     del open_texts[index]
                 yield index, text, len(tokens), finish
+            time.sleep(PAUSE)
 
     def is_gone(self) -> bool:
         """Tell whether the client has closed its end."""
@@ -1919,8 +1935,8 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request, client_address) -> None:
         """A client that breaks off is no event."""
 
-def make_server(folder: Path, o: ServeOptions) -> Server:
-    """Load the model, compile its steps, open the port; `serve_forever` begins to answer."""
+def make_server(folder: Path, o: ServeOptions) -> tuple[Server, Service]:
+    """Load the model, compile its steps, open the port; `serve_forever` and `work` begin to answer."""
     config = load_config(folder, quantized=True)
     tokenizer = load_tokenizer(folder)
     check(config.head == "lm" and config.causal, f"{folder} is no model that writes text.")
@@ -1937,16 +1953,16 @@ def make_server(folder: Path, o: ServeOptions) -> Server:
     stop = frozenset({tokenizer.eot_id, tokenizer.im_end_id, *config.eos_ids} - {None})
     service = Service(engine, tokenizer, folder.resolve().name, o, stop)
     server.RequestHandlerClass = type("Handler", (Handler,), {"service": service})
-    service.start()
-    return server
+    return server, service
 
 def serve(o: ServeOptions) -> None:
     """Serve a checkpoint over HTTP as OpenAI's API does, with a page to talk to it."""
-    server = make_server(newest_checkpoint() if o.folder is None else find_checkpoint(o.folder), o)
+    server, service = make_server(newest_checkpoint() if o.folder is None else find_checkpoint(o.folder), o)
     host, port = server.server_address[:2]
     say(f"http://{host}:{port}/ has a page, http://{host}:{port}/v1 is the API; Ctrl-C ends")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        server.serve_forever()
+        service.work()
     except KeyboardInterrupt:
         say("the server has ended")
     finally:

@@ -4,21 +4,28 @@
     python tests/race_decoding.py small out/python      # the default checkpoint at batch 1, 8 and 32, fp32
     python tests/race_decoding.py unequal         # eight prompts of unequal length, and prefill of 512 tokens
     python tests/race_decoding.py queue out/python      # a thousand prompts against a batch that is always full
+    python tests/race_decoding.py serve out/python      # a hundred requests of 32 clients, beside the engine
     python tests/race_decoding.py cache           # with a cache and without, at 64 to 4,096 tokens
 
 Each line of the output is a JSON object; figures are medians over the rounds. --device cuda for a GPU.
 """
 
 import argparse
+import http.client
 import json
+import multiprocessing
+import os
 import statistics
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from model import Config, Transformer, config_to_hf, load_config, load_model, read_prompts, synchronize, to_disk
+from model import Config, Transformer, config_to_hf, load_model, synchronize, to_disk
 
 import torch
 
@@ -124,7 +131,7 @@ def one(new=128, rounds=5):
     net = random_model(torch.bfloat16)
     peer = theirs(net)
     prompts = prompts_of([16], SHAPE.vocab_size)
-    models = {"bf16": net, "int8": random_model(torch.bfloat16, "int8"), "int4": random_model(torch.bfloat16, "int4")}
+    models = {"bf16": net} | {kind: random_model(torch.bfloat16, kind) for kind in ("int8", "int4")}
     engines = {name: Engine(model, 1, 1024, True) for name, model in models.items()}
     engines["bf16, eager"] = Engine(net, 1, 1024, False)
     jobs = {"transformers": lambda: generate_theirs(peer, prompts, new)}
@@ -136,7 +143,7 @@ def one(new=128, rounds=5):
     before = read_rate()
     seconds, gave = race(jobs, rounds)
     rates = summary(seconds, new)
-    same = next((i for i, (a, b) in enumerate(zip(gave["transformers"][0], gave["bf16"][0])) if a != b), new)
+    same = next((i for i, (a, b) in enumerate(zip(gave["transformers"][0], gave["bf16"][0], strict=True)) if a != b), new)
     tell(what="124M, batch 1, 16 + 128 tokens", tok_per_s=rates, tokens_alike=same,
          product_gb_per_s=[round(before, 1), round(read_rate(), 1)])
     for name, model in models.items():
@@ -152,10 +159,10 @@ def small(folder, new=200, rounds=5):
         engine = Engine(net, B, 256, True)
         engine.warm_up()
         eager = Engine(net, B, 256, False)
-        seconds, gave = race({"transformers": lambda: generate_theirs(peer, prompts, new),
-                              "compiled": lambda: generate_ours(engine, prompts, new),
-                              "eager": lambda: generate_ours(eager, prompts, new)}, rounds)
-        alike = sum(a == b for a, b in zip(gave["transformers"], gave["compiled"]))
+        seconds, gave = race({"transformers": partial(generate_theirs, peer, prompts, new),
+                              "compiled": partial(generate_ours, engine, prompts, new),
+                              "eager": partial(generate_ours, eager, prompts, new)}, rounds)
+        alike = sum(a == b for a, b in zip(gave["transformers"], gave["compiled"], strict=True))
         tell(what=f"{folder}, fp32, batch {B}, 16 + {new} tokens", tok_per_s=summary(seconds, B * new),
              texts_alike=alike)
 
@@ -212,16 +219,90 @@ def queue(folder, rows=32, texts=1000):
     greedy = Choice(temperature=0)
     engine.held = [[] for _ in engine.running]
     start = time.perf_counter()
-    requests = [engine.submit(Request(p, n, greedy)) for p, n in zip(prompts, news)]
+    requests = [engine.submit(Request(p, n, greedy)) for p, n in zip(prompts, news, strict=True)]
     steps = busy = 0
     while engine.busy:
         busy += len(engine.step())
         steps += 1
     rate = sum(news) / (time.perf_counter() - start)
     rates.append(static())
-    assert all(len(r.new) == n for r, n in zip(requests, news))
+    assert all(len(r.new) == n for r, n in zip(requests, news, strict=True))
     tell(what=f"{texts} prompts of 4 to 63, 16 to 179 new tokens, {rows} rows", tok_per_s=rate, full_batch=rates,
          share=rate / statistics.mean(rates), rows_in_use=busy / steps / rows)
+
+def ask(address, prompt, new):
+    """Stream a completion -> seconds until the first text, number of tokens."""
+    start = time.perf_counter()
+    connection = http.client.HTTPConnection(*address, timeout=120)
+    body = {"prompt": prompt, "max_tokens": new, "temperature": 0, "stream": True,
+            "stream_options": {"include_usage": True}}
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    answer = connection.getresponse()
+    answer.readline()
+    first = time.perf_counter() - start
+    last = [line for line in answer.read().split(b"\n") if line.startswith(b"data: {")][-1]
+    return first, json.loads(last[6:])["usage"]["completion_tokens"]
+
+def run_clients(address, prompts, news, clients):
+    """Ask with so many clients at once; in a process of its own, as clients are."""
+    with ThreadPoolExecutor(clients) as pool:
+        return list(pool.map(partial(ask, address), prompts, news))
+
+def serve(folder, rows=32, clients=32, texts=100):
+    """A hundred requests of 32 clients at once through HTTP, beside the engine with the same texts."""
+    o = sample.ServeOptions(Path(folder), port=0, rows=rows, device=str(DEVICE), context=256)
+    server, service = sample.make_server(Path(folder), o)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    service.stop = frozenset()  # every text is as long as was asked for
+    engine = service.engine
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.randint(4, 64, (texts,), generator=generator).tolist()
+    news = torch.randint(16, 180, (texts,), generator=generator).tolist()
+    prompts = prompts_of(lengths, 4000)
+
+    def direct():
+        engine.held = [[] for _ in engine.running]
+        start = time.perf_counter()
+        requests = [service.submit(Request(p, n, Choice(temperature=0)))
+                    for p, n in zip(prompts, news, strict=True)]
+        for request in requests:
+            while request.out.get()[1] is None:
+                pass
+        return time.perf_counter() - start, sum(len(r.new) for r in requests)
+
+    def through_http(pool):
+        engine.held = [[] for _ in engine.running]
+        start = time.perf_counter()
+        answers = pool.apply(run_clients, (server.server_address[:2], prompts, news, clients))
+        return time.perf_counter() - start, answers
+
+    def measure():
+        rates = {"engine": [], "http": []}
+        pool = multiprocessing.get_context("spawn").Pool(1)
+        pool.apply(len, ([],))  # it has started
+        for _ in range(4):
+            seconds, tokens = direct()
+            rates["engine"].append(tokens / seconds)
+            seconds, answers = through_http(pool)
+            rates["http"].append(sum(count for _, count in answers) / seconds)
+            assert sum(count for _, count in answers) == tokens
+        first = sorted(latency for latency, _ in answers)
+        tell(what=f"{texts} requests of {clients} clients, {rows} rows", tok_per_s=rates,
+             share=statistics.median(rates["http"]) / statistics.median(rates["engine"]),
+             first_text_s={"median": first[texts // 2], "slowest": first[-1]})
+        os._exit(0)
+
+    threading.Thread(target=measure).start()
+    service.work()
+
+def time_read(reader, token, before=None):
+    """Time the reading of a token behind a text; before: the text, where it would otherwise grow."""
+    if before is not None:
+        reader.ids = before
+    start = time.perf_counter()
+    reader.read(token)
+    synchronize(DEVICE)
+    return time.perf_counter() - start, None
 
 def cache():
     """What the cache saves, at 64 to 4,096 tokens; its bytes."""
@@ -240,22 +321,9 @@ def cache():
         prefill = time.perf_counter() - start
         token = ids[:, :1]
 
-        def timed(job):
-            def run():
-                start = time.perf_counter()
-                job()
-                synchronize(DEVICE)
-                return time.perf_counter() - start, None
-            return run
-
-        whole.ids = ids[:, :-1]
-
-        def without():
-            whole.read(token)
-            whole.ids = ids[:, :-1]
-
-        slow, _ = race({"without": timed(without)}, 2 if T > 1024 else 5)
-        fast, _ = race({"compiled": timed(lambda: kept.read(token)), "eager": timed(lambda: eager.read(token))}, 40)
+        slow, _ = race({"without": partial(time_read, whole, token, ids[:, :-1])}, 2 if T > 1024 else 5)
+        fast, _ = race({"compiled": partial(time_read, kept, token), "eager": partial(time_read, eager, token)},
+                       40)
         ms = {name: statistics.median(v) * 1e3 for name, v in (slow | fast).items()}
         heads, *widths = SHAPE.cached
         tell(tokens=T, prefill_ms=prefill * 1e3, ms={k: round(v, 2) for k, v in ms.items()},
@@ -263,7 +331,7 @@ def cache():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["one", "small", "unequal", "queue", "cache"])
+    parser.add_argument("what", choices=["one", "small", "unequal", "queue", "serve", "cache"])
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--device", default="cpu")
     o = parser.parse_args()
