@@ -516,7 +516,7 @@ def test_openai_client(server):
     for event in client.chat.completions.create(**more, stream=True, stream_options={"include_usage": True}):
         parts += [choice.delta.content or "" for choice in event.choices]
         usage = event.usage or usage
-    assert "".join(parts) == text and usage == whole.usage and len(parts) > 3
+    assert "".join(parts) == text and usage == whole.usage and len(parts) > 1
     completion = client.completions.create(model="tiny", prompt="def a", max_tokens=10, temperature=0)
     streamed = client.completions.create(model="tiny", prompt="def a", max_tokens=10, temperature=0, stream=True)
     assert "".join(event.choices[0].text for event in streamed) == completion.choices[0].text
