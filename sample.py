@@ -634,6 +634,19 @@ class Step:
 
     @torch.inference_mode()
     def __call__(self, ids, positions, cache):
+        try:
+            return self.replay(ids, positions, cache)
+        except (RuntimeError, OSError) as error:  # no C++ compiler on this machine, or one that fails
+            if not self.compiled:
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            say(f"the step is not compiled: {reason}", style="yellow", markup=False)
+            self.compiled = False
+            self.run = self.forward
+            return self.run(ids, positions, cache)
+
+    def replay(self, ids, positions, cache):
+        """Run the step; on CUDA replay its record, made at the first pass of this shape."""
         if not (self.compiled and self.is_cuda) or self.model.config.position == "learned":
             return self.run(ids, positions, cache)
         key = (ids.shape, cache.k[0].data_ptr(), cache.span)

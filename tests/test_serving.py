@@ -229,7 +229,7 @@ def test_prompts_of_a_file(folder, tmp_path, capsys):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"window": (6, None), "qkv_bias": True, "tie": False, "logit_cap": 20.0},
-                                     KINDS["latent"]])
+                                     KINDS["latent"], {"n_expert": 4, "n_expert_active": 2, "expert_dim": 32}])
 def test_a_compiled_step_is_the_plain_one(changes):
     """Logits of one row and of four, in parts of growing length, also past a window."""
     torch._dynamo.reset()  # else the limit of versions is reached, and nothing is compiled
@@ -253,6 +253,20 @@ def test_a_compiled_step_is_the_plain_one(changes):
         assert steps[middle - 1] == steps[-1]
         for a, b in zip(steps[: middle - 1], steps[middle:-1], strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_without_a_compiler_the_step_runs_as_it_is(monkeypatch, capsys):
+    def fails(*args, **more):
+        raise torch._dynamo.exc.InternalTorchDynamoError("No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **more: fails)
+    net = net_of()
+    engine = Engine(net, 2, 60, compiled=True)
+    engine.warm_up()
+    requests = [engine.submit(Request(ids, 8, GREEDY)) for ids in prompts([3, 9])]
+    finish(engine)
+    assert [request.new for request in requests] == generate(net, [request.ids for request in requests], 8)
+    assert "not compiled" in capsys.readouterr().err
 
 
 @pytest.mark.slow
