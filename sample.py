@@ -506,6 +506,7 @@ def open_model(folder: Path, device, dtype, kind: str | None = None) -> Transfor
     """Load a model; kind: int8 or int4, made while it is read, or what a folder of --save holds already."""
     hf = read_json(folder / "config.json")
     saved = quantized_kind(hf) if isinstance(hf, dict) else None
+    check(saved in (None, kind) or kind is None, f"{folder} holds {saved} weights: not {kind}.")
     kind = saved or kind
     if kind is None:
         return load_model(folder, device, dtype)
@@ -519,14 +520,14 @@ def open_model(folder: Path, device, dtype, kind: str | None = None) -> Transfor
         quantizer.prepare(model)
         with reading(folder / "model.safetensors"):
             found = load_file(folder / "model.safetensors", str(device))
-        expected = {name: (x.shape, x.dtype) for name, x in model.state_dict().items() if "scales" in name
-                    or x.dtype in (torch.int8, torch.uint8)}
-        wrong = found.keys() ^ model.state_dict().keys()
-        wrong |= {name for name, what in expected.items() if name in found
-                  and (found[name].shape, found[name].dtype) != what}
+        exact = dict(model.named_buffers())  # quantized weights, scales, the routers' biases
+        expected = model.state_dict()
+        wrong = found.keys() ^ expected.keys()
+        wrong |= {name for name in found.keys() & expected.keys() if found[name].shape != expected[name].shape
+                  or (name in exact and found[name].dtype != exact[name].dtype)}
         names = ", ".join(sorted(wrong)[:1])
         check(not wrong, f"{folder}/model.safetensors does not fit its config.json ({names}).")
-        found = {name: x if name in expected else x.to(dtype) for name, x in found.items()}
+        found = {name: x if name in exact else x.to(dtype) for name, x in found.items()}
         model.load_state_dict(found, assign=True)
     for module in model.modules():
         if isinstance(module, Int4):
@@ -637,7 +638,7 @@ class Step:
         try:
             return self.replay(ids, positions, cache)
         except (RuntimeError, OSError) as error:  # no C++ compiler on this machine, or one that fails
-            if not self.compiled:
+            if not self.compiled or isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = str(error).strip().partition("\n")[0]
             say(f"the step is not compiled: {reason}", style="yellow", markup=False)
@@ -898,6 +899,7 @@ class Reader:
             for block in ids.split(self.cache.block, dim=1):
                 logits, _ = self.model(block, cache=self.cache, output="last")
             return logits[:, -1].float()
+        count = ids.shape[1]
         text = torch.cat((self.ids, ids), dim=1)
         border = self.model.config.rereads_at
         if border is not None and self.ids.shape[1] <= border < text.shape[1] and self.cache is not None:
@@ -910,7 +912,7 @@ class Reader:
                 self.cache.grow(ids.shape[1] + 255)  # in blocks, since all of it is moved
             logits, _ = self.model(text if self.cache is None else ids, cache=self.cache, output=output)
         self.ids = text
-        return logits[0].float()
+        return logits[0, -count:].float() if output == "logits" else logits[0, -1:].float()
 
     def read_rows(self, ids, end: int, output: str):
         """Read with the compiled step where there is one of this width, else as a prompt."""
@@ -1272,7 +1274,11 @@ def main(o: Options) -> None:
         draft_folder = find_checkpoint(o.draft)
         same = load_tokenizer(draft_folder).token_bytes == tokenizer.token_bytes
         check(same, f"{o.draft} has another vocabulary than {folder}: a draft has to speak the same tokens.")
-        draft = open_folder(draft_folder, o, load_config(draft_folder, quantized=True))
+        small = load_config(draft_folder, quantized=True)
+        proposes = small.head == "lm" and small.causal and small.vocab_size >= tokenizer.n_vocab
+        check(proposes, f"{o.draft} is no model that could propose a text's tokens.")
+        o.data = None  # the cost is said once
+        draft = open_folder(draft_folder, o, small)
     for file, how in ((sys.stdout, {"encoding": "utf-8"}), (sys.stdin, {"errors": "replace"})):
         if hasattr(file, "reconfigure"):
             file.reconfigure(**how)  # also where the terminal's language is another
@@ -1294,10 +1300,10 @@ def open_folder(folder: Path, o, config: Config) -> Transformer:
     if device.type == "cuda":  # cuDNN plans attention anew for each length: 41 ms a token instead of 6 (H200)
         torch.backends.cuda.enable_cudnn_sdp(False)
     small = device.type == "cpu" and count_weights(config)[2] < 2**28  # bf16 is no faster, and near ties move
-    kind = o.quantize
+    kind = o.quantize or quantized_kind(read_json(folder / "config.json"))
     dtype = "fp32" if o.dtype == "auto" and small and not kind else o.dtype
     dtype = torch.bfloat16 if kind and o.dtype == "auto" else pick_dtype(dtype, device)
-    if kind is None and quantized_kind(read_json(folder / "config.json")) is None:
+    if kind is None:
         kind = kind_that_fits(config, device, dtype)
     model = open_model(folder, device, dtype, kind)
     if o.data is not None:
@@ -1434,7 +1440,7 @@ def pick_and_report(pick, reports: list[dict], n_vocab: int, logits):
 def read_requests(o: Options, tokenizer, config: Config) -> list[Request]:
     """Read --prompts: each line is a prompt, or in a .jsonl file an object with "prompt" (and seed)."""
     with reading(o.prompts):
-        lines = o.prompts.read_text(encoding="utf-8").splitlines()
+        lines = o.prompts.read_text(encoding="utf-8-sig").split("\n")
     requests = []
     choice = choice_of(o, tokenizer.n_vocab)
     for number, line in enumerate(lines, 1):
@@ -1443,9 +1449,12 @@ def read_requests(o: Options, tokenizer, config: Config) -> list[Request]:
         seed = o.seed + len(requests)
         if o.prompts.suffix.lower() in (".jsonl", ".ndjson", ".jsonlines"):
             with reading(f"{o.prompts}, line {number}"):
-                line = json.loads(line)["prompt"]
+                entry = json.loads(line)
+                line, seed = entry["prompt"], entry.get("seed", seed)
+            check(type(seed) is int and 0 <= seed < 2**63, f"{o.prompts}, line {number}: what seed is that?")
             check(isinstance(line, str) and line, f"{o.prompts}, line {number}: \"prompt\" is no text.")
         ids = [*tokenizer.prefix, *tokenizer.encode(line)]
+        check(ids, f"{o.prompts}, line {number} has no token.")
         requests.append(Request(known(ids, config), o.max_new_tokens, choice, seed,
                                 logprobs=0 if o.logprobs else None))
     check(requests, f"{o.prompts} holds no prompt.")
@@ -1632,6 +1641,8 @@ class Service:
                 raise ApiError(f"The prompt has {len(ids)} tokens, and the context {slots}.", 400,
                                "messages" if chat else "prompt", "context_length_exceeded")
         texts = [ids for ids in prompts for _ in range(fields["n"])]
+        if len(texts) > self.o.waiting:
+            raise ApiError(f"{len(texts)} texts are more than {self.o.waiting}.", param="n")
         return [Request(ids, limit, choice, seed + i, self.stop, logprobs) for i, ids in enumerate(texts)]
 
     def read_prompts(self, prompt) -> list[list[int]]:
@@ -1712,11 +1723,15 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error_body(ApiError(str(error)))
         except (BrokenPipeError, ConnectionResetError, TimeoutError):
             self.close_connection = True  # the client went away
+        except Exception as error:
+            say(f"a request failed: {error!r}", markup=False, style="yellow")
+            self.close_connection = True
+            self.send_error_body(ApiError("The server failed.", 500))
 
     def read_body(self):
         """Read a JSON body of a size that is allowed."""
         size = self.headers.get("Content-Length", "")
-        if not size.isdigit():
+        if not size.isdecimal():
             self.close_connection = True
             raise ApiError("A body with a Content-Length is needed.", 411)
         if int(size) > BODY:
@@ -1756,17 +1771,17 @@ class Handler(BaseHTTPRequestHandler):
                 try:
                     tokens, finish = request.out.get(timeout=0.2 / len(open_texts))
                 except queue.Empty:
-                    if self.is_gone():
-                        raise BrokenPipeError from None
-                    if time.monotonic() < end:
-                        continue
-                    tokens, finish = [], "length"
-                    request.finish = "cancelled"
+                    tokens, finish = [], None
+                if self.is_gone():
+                    raise BrokenPipeError
                 while finish is None and not request.out.empty():
                     more, finish = request.out.get()
                     tokens = tokens + more
                 if finish == "error":
                     raise ApiError(f"The text could not be written: {request.error}", 500)
+                if finish is None and time.monotonic() >= end:
+                    request.finish = "cancelled"
+                    finish = "length"
                 text = writers[index].add(tokens, last=finish is not None)
                 if writers[index].ended:
                     request.finish = finish = "stop"

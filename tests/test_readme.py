@@ -24,6 +24,7 @@ TINY = {  # script and command -> options that make it small; those that are sho
     "train.py": STEPS | SHAPE | {"--eval-tokens": "256"},
     "parallel.py": STEPS | SHAPE,
     "sample.py": {"--max-new-tokens": "8"},
+    "sample.py serve": {"--port": "0"},
     "moe.py study": {"--tokens": "500", "--off-tokens": "128"},
     "moe.py speed": {"--tokens": "64", "--rounds": "1"},
     "align.py data": {"--limit": "20", "--max-tokens": "128"},
@@ -108,6 +109,7 @@ def tiny(words: list[str], home) -> list[str]:
         elif "--init" not in words:
             heads = 4 if known == "parallel.py" else 1
             words += ["--set", f"n_head={heads}", "--set", f"n_kv_head={heads}"]
+    words += ["--no-compile"] * (known == "sample.py serve")
     if name == "bench.py" and "claims" in words:
         words += ["--quick"]
     words = replace(words, options)
@@ -130,6 +132,7 @@ def home(tmp_path_factory, text, modules):
     shutil.copytree(modules.parent / "lib", home / "lib")
     for name in ("input.txt", "shakespeare.txt"):
         (home / name).write_text(text)
+    (home / "prompts.txt").write_text("def f(\nimport\n")
     (home / "tests").mkdir()
     shutil.copy(ROOT / "tests" / "parallel_sentences.json", home / "tests")
     (home / "data").mkdir()
@@ -156,8 +159,11 @@ def make_room(words: list[str], home) -> None:
         stop_a_sharded_run(home)
     if "--fill" in words:
         train(home, "--objective", "mlm", "--out", "out/masked")
-    if "--chat" in words and not (home / "out" / "sft").exists():
-        shutil.copytree(home / "out" / "python", home / "out" / "sft")
+    if "sample.py" in words and not (home / "out" / "python" / "model.safetensors").exists():
+        train(home)
+    for name in ("sft", "large"):
+        if f"out/{name}" in words and "sample.py" in words and not (home / "out" / name).exists():
+            shutil.copytree(home / "out" / "python", home / "out" / name)
 
 
 def train(home, *more) -> None:
@@ -195,6 +201,12 @@ def test_command(home, line):
         words = ["python", "-m", "torch.distributed.run", "--standalone", *words[1:]]
     assert words[0] == "python", f"{line}: only Python commands are shown"
     words[0] = sys.executable
+    if "serve" in words:
+        process = subprocess.Popen(words, cwd=home, stderr=subprocess.PIPE, text=True)
+        assert any("http://" in line for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        return
     done = subprocess.run(words, cwd=home, capture_output=True, text=True, timeout=300, input="")
     assert done.returncode == 0, done.stderr[:2000] + done.stderr[-2000:]
     assert "Traceback" not in done.stderr
