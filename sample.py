@@ -1987,9 +1987,9 @@ def serve(o: ServeOptions) -> None:
     """Serve a checkpoint over HTTP as OpenAI's API does, with a page to talk to it."""
     server, service = make_server(newest_checkpoint() if o.folder is None else find_checkpoint(o.folder), o)
     host, port = server.server_address[:2]
-    say(f"http://{host}:{port}/ has a page, http://{host}:{port}/v1 is the API; Ctrl-C ends")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        say(f"http://{host}:{port}/ has a page, http://{host}:{port}/v1 is the API; Ctrl-C ends")
         service.work()
     except KeyboardInterrupt:
         say("the server has ended")
