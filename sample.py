@@ -128,7 +128,8 @@ USELESS = {"fill": ("prompt", "prompts", "max_new_tokens", "num_samples", "ignor
            "prompts": ("prompt", "num_samples", "no_cache", "json", "save", "draft", "lookup", *MEMORY),
            "window": ("no_cache", "compile", "draft", "lookup"), "no_cache": ("compile", "draft", "lookup"),
            "draft": ("lookup", "logprobs"), "lookup": ("logprobs",),
-           "save": ("prompt", "max_new_tokens", "num_samples", *CHOICE, *MEMORY, *SPEED)}
+           "save": ("prompt", "fill", "json", "data", "stop", "ignore_eos", "no_cache", "max_new_tokens",
+                    "num_samples", *CHOICE, *MEMORY, *SPEED)}
 
 # ---- The idea: from logits to a token. Logits (B, V) in, (B, V) out; what is cut off is -inf. --------------
 
@@ -388,8 +389,6 @@ class RollingCache(Cache):
 class Int8(Linear):
     """Hold a matrix as int8 (N, K) and a scale for each of its rows: weight = int8 * scale."""
 
-    bits = 8
-
     def add_buffers(self, N: int, K: int) -> None:
         """Take the places of weight and scales, on the meta device."""
         self.register_buffer("weight", torch.empty(N, K, dtype=torch.int8, device="meta"))
@@ -418,7 +417,6 @@ class Int4(Linear):
     (N, K/2); `arrange` brings them into the order that this machine's kernel reads. Products are bfloat16.
     """
 
-    bits = 4
     group = 64
 
     def add_buffers(self, N: int, K: int) -> None:
@@ -579,11 +577,6 @@ class RowCache(Cache):
         shapes = [(rows, heads, round_up(slots) + 64, width) for width in widths]
         self.whole = [[torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
                       for shape in shapes]
-
-    @property
-    def nbytes(self) -> int:
-        """Count the bytes of all keys and values."""
-        return sum(x.nbytes for layers in self.whole for x in layers)
 
     def part(self, first: int, end: int, span: int, ragged: bool = True) -> "RowCache":
         """View rows first to end and their first `span` slots. ragged: do the rows' positions differ?"""
@@ -882,6 +875,7 @@ class Reader:
         self.ids = torch.empty((1, 0), dtype=torch.int64, device=weight.device)  # the text so far
         dtype = model.compute_dtype or weight.dtype
         self.cache = Cache(model.config, 1, 0, weight.device, dtype) if cached else None
+        self.long = False  # is what the cache holds rotated as a text beyond LongRoPE's border?
         self.rolls = window is not None
         if self.rolls:  # short blocks: a block's first token sees less
             self.cache = RollingCache(model.config, 1, window, sinks, summaries, max(1, window // 8),
@@ -902,9 +896,11 @@ class Reader:
         count = ids.shape[1]
         text = torch.cat((self.ids, ids), dim=1)
         border = self.model.config.rereads_at
-        if border is not None and self.ids.shape[1] <= border < text.shape[1] and self.cache is not None:
+        long = border is not None and text.shape[1] > border
+        if long != self.long and self.cache is not None:
             self.rewind(0)
             ids = text
+        self.long = long
         if self.step is not None:
             logits = self.read_rows(ids, text.shape[1], output)
         else:
@@ -932,8 +928,7 @@ class Reader:
 
     def read_text(self, ids: list[int]):
         """Read a whole text, but for what is known of its beginning -> the next token's logits (1, V)."""
-        known = self.ids[0].tolist()[: len(ids) - 1]  # the last one has to be read in any case
-        same = next((i for i, token in enumerate(known) if token != ids[i]), len(known))
+        same = common_start(self.ids[0].tolist(), ids[:-1])  # the last one has to be read in any case
         self.rewind(same)
         return numbers(self.read(torch.tensor([ids[same:]], device=self.ids.device)))
 
@@ -973,6 +968,7 @@ def speculate(reader: Reader, propose: Callable, ids: list[int], max_new_tokens:
     end = len(text) + max_new_tokens
     while len(text) < end:
         guesses, q = propose(text) if end - len(text) > 1 else ([], None)
+        guesses = guesses[: end - len(text) - 1]  # a model with learned places has none beyond the end
         unread = torch.tensor([text[-1:] + guesses], device=device)
         logits = reader.read(unread, output="logits")  # (n + 1, V)
         kept = 0
@@ -1129,6 +1125,8 @@ def talk(model, tokenizer, max_new_tokens: int, pick, stop: set, step: Step | No
             messages.pop()
             continue
         new = []
+        if hasattr(pick, "written"):  # the penalty is for what was said in this conversation
+            pick.written[:] = [token for token in ids if token not in no_text]
         start = time.perf_counter()
         try:
             left = min(max_new_tokens, model.config.seq_len - len(ids))
@@ -1277,6 +1275,9 @@ def main(o: Options) -> None:
         small = load_config(draft_folder, quantized=True)
         proposes = small.head == "lm" and small.causal and small.vocab_size >= tokenizer.n_vocab
         check(proposes, f"{o.draft} is no model that could propose a text's tokens.")
+        reads = len(ids) + o.max_new_tokens + PROPOSED
+        check(small.position != "learned" or reads <= small.seq_len,
+              f"{o.draft} has {small.seq_len} places, and would read {reads} tokens: ask for fewer.")
         o.data = None  # the cost is said once
         draft = open_folder(draft_folder, o, small)
     for file, how in ((sys.stdout, {"encoding": "utf-8"}), (sys.stdin, {"errors": "replace"})):
@@ -1373,7 +1374,7 @@ def print_samples(o: Options, model, tokenizer, text: str, ids: list[int], stop:
     reader = Reader(model, not o.no_cache, o.window, o.sinks, o.summaries, step, slots, width)
     helper = None if draft is None else Reader(draft, step=step and Step(draft, True), slots=slots)
     if step is not None:  # compiled now, not within the text
-        reader.read_text((ids * 2)[: 1])
+        reader.read_text(ids[:1])
         reader.read(torch.tensor([ids[:1]], device=reader.ids.device))
         reader.rewind(0)
     start = time.perf_counter()
@@ -1607,6 +1608,8 @@ class Service:
                         request.error = str(error)
                     self.engine.retire()
                     self.engine.held = [[] for _ in self.engine.held]  # who knows what was written
+                    for x in itertools.chain(*self.engine.cache.whole):
+                        x.zero_()  # a NaN that no query sees would still be a NaN: 0 * NaN
             for request in written:
                 self.tokens += 1
                 request.out.put((request.new[-1:], request.finish))
@@ -1821,25 +1824,27 @@ class Handler(BaseHTTPRequestHandler):
         return {"tokens": texts, "token_logprobs": [r["logprob"] for r in reports], "top_logprobs": tops,
                 "text_offset": list(itertools.accumulate(map(len, texts[:-1]), initial=0))}
 
-    def usage(self, requests: list[Request], n: int) -> dict:
-        """Count the tokens of a request: a prompt once, however many answers it has."""
+    def usage(self, requests: list[Request], told: list[int], n: int) -> dict:
+        """Count the tokens of a request: a prompt once, however many answers it has; told: of the answers."""
         prompt = sum(len(request.ids) for request in requests[::n])
-        new = sum(len(request.new) for request in requests)
+        new = sum(told)
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     def whole(self, requests: list[Request], fields: dict, chat: bool) -> dict:
         """Wait for all texts -> the answer's object."""
         texts = [""] * len(requests)
         ends = [None] * len(requests)
-        for index, text, _, finish in self.events(requests, fields["stop"]):
+        told = [0] * len(requests)
+        for index, text, count, finish in self.events(requests, fields["stop"]):
+            told[index] += count
             texts[index] += text
             ends[index] = finish
         choices = []
         for index, (request, text, end) in enumerate(zip(requests, texts, ends, strict=True)):
             what = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
             choices.append({"index": index, **what, "finish_reason": end,
-                            "logprobs": self.logprobs_of(request, chat)})
-        return self.head(chat, False) | {"choices": choices, "usage": self.usage(requests, fields["n"])}
+                            "logprobs": self.logprobs_of(request, chat, 0, told[index])})
+        return self.head(chat, False) | {"choices": choices, "usage": self.usage(requests, told, fields["n"])}
 
     def stream(self, requests: list[Request], fields: dict, chat: bool) -> None:
         """Send each piece of text as a server-sent event."""
@@ -1870,7 +1875,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_event({"error": error.body})
             return
         if fields["stream_options"].get("include_usage"):
-            self.send_event(head | {"choices": [], "usage": self.usage(requests, fields["n"])})
+            self.send_event(head | {"choices": [], "usage": self.usage(requests, told, fields["n"])})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def send_event(self, what: dict) -> None:

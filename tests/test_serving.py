@@ -380,6 +380,24 @@ def test_proposals_change_no_greedy_text(changes):
     assert write_with(net, net, ids, 40, GREEDY, 0, stop={end}) == want[: first + 1]
 
 
+@pytest.mark.parametrize("kind", ["learned", "longrope"])
+def test_proposals_at_a_border(kind):
+    """At the last of the learned places, and over LongRoPE's border, where the text is read anew."""
+    net = net_of(**KINDS[kind])
+    ids = prompts([20])[0]
+    n = 108 if kind == "learned" else 30
+    [want] = generate(net, [ids], n)
+    assert write_with(net, "lookup", ids, n, GREEDY, 0) == want
+
+
+def test_a_text_taken_back_over_longropes_border():
+    net = net_of(**KINDS["longrope"])
+    reader = Reader(net)
+    ids = prompts([40])[0]
+    reader.read_text(ids)
+    torch.testing.assert_close(reader.read_text(ids[:10]), Reader(net).read_text(ids[:10]))
+
+
 @pytest.mark.parametrize("propose", ["draft", "lookup"])
 def test_proposals_keep_the_distribution(propose):
     """Chi-square of 3,000 texts of two tokens on a vocabulary of eight, each against its exact probability."""
