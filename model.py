@@ -250,6 +250,10 @@ def attend(q, k, v, mask=None, scale=None, cap=None):
     q (B, H, T, D), k (B, K, S, D) and v (B, K, S, E) with K dividing H -> (B, H, T, E). mask: None (all),
     "causal", bool (B or 1, T, S), or float (B or 1, H, T, S), which is added. scale: D^-0.5 unless given.
     """
+    if isinstance(mask, list):  # of pieces of the queries, each with the mask of the keys that it sees first
+        pieces = zip(q.chunk(len(mask), 2), mask, strict=True)
+        parts = [attend(x, k[:, :, : m.shape[-1]], v[:, :, : m.shape[-1]], m, scale, cap) for x, m in pieces]
+        return torch.cat(parts, 2)
     if cap is not None:
         return attend_capped(q, k, v, mask, scale or q.shape[-1] ** -0.5, cap)
     few = q.shape[2] == 1 or k.shape[2] <= CPU_SHORT
@@ -2635,8 +2639,13 @@ def is_compiled_row(x) -> bool:
     return is_compiled_on_cpu(x) and x.numel() == x.shape[-1]
 
 def multiply_row(x, weight, bias=None):  # (..., in) of one row, (out, in) -> (..., out)
-    """Compute a row's product as one loop that torch.compile writes: it reads twice as fast as F.linear."""
-    y = (weight.float() * x.reshape(1, -1).float()).sum(-1)
+    """Compute a row's product as one loop that torch.compile writes: it reads twice as fast as F.linear.
+
+    The loop reads the row once for each row of the matrix. So the row has to stand in memory, where
+    as_strided puts it: else what makes it (a norm, an activation) would be computed anew each time.
+    """
+    row = x.reshape(-1).as_strided((x.shape[-1],), (1,))
+    y = (weight.float() * row.float()).sum(-1)
     y = y if bias is None else y + bias
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 

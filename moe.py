@@ -142,6 +142,12 @@ class Router(Linear):
         logits = F.linear(x.float(), self.weight.float())
         return logits, *route(logits, self.config, self.e_score_correction_bias)
 
+class Experts(nn.ModuleDict):
+    """Hold the experts by number; parallel.py puts others in their place, which deal them out to ranks."""
+
+    def forward(self, x, chosen, weights):
+        return dispatch(self, x, chosen, weights)
+
 class MoE(nn.Module):
     """Join router, experts and shared experts under their published names, as `experts.3.up_proj.weight`."""
 
@@ -149,7 +155,7 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         self.gate = Router(config)
-        self.experts = nn.ModuleDict()
+        self.experts = Experts()
         for e in range(config.n_expert):
             self.experts[str(e)] = MLP(config, config.expert_dim)
         self.shared_experts = self.shared_expert_gate = None
@@ -168,7 +174,7 @@ class MoE(nn.Module):
         if self.training and self.config.capacity is not None:
             fits = within_capacity(chosen.view(B, T, -1), E, self.config.capacity)
             taken = chosen.masked_fill(~fits.view_as(chosen), E)
-        y = dispatch(self.experts, flat, taken, weights).view_as(x)
+        y = self.experts(flat, taken, weights).view_as(x)
         if self.shared_experts is not None:
             shared = self.shared_experts(x)
             if self.shared_expert_gate is not None:

@@ -34,7 +34,8 @@ from pathlib import Path
 from typing import Annotated
 
 from model import (  # before torch: it says how OpenMP's threads wait
-    KEEP_LOGITS, PRESETS, START, Batches, Config, Ranks, Run, Tokens, TrainOptions, Transformer, UserError,
+    AUX, KEEP_LOGITS, PRESETS, START, Batches, Config, Linear, Ranks, Run, Tokens, TrainOptions, Transformer,
+    UserError, visible,
     barrier, build_optimizer, check, checkpoint_files, clear, command, console, count_params, default_data,
     derive, evaluate, evaluate_mixture, fill, fingerprint, flops_per_token, hf_name, load_config, load_model,
     load_moe, load_state, make_config, open_data, open_run, opt, pick_dtype, reading, resize, resumed,
@@ -45,12 +46,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.tensor.parallel as styles
+from torch.distributed import pipelining
 import typer
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 # W ranks; dp, tp how many along an axis. B, T, C, H, I, N, L as in model.py, lower case for one rank's share.
@@ -61,27 +65,28 @@ class _Copy(torch.autograd.Function):
     """Hand on the input, and add up the ranks' gradients for it: Megatron's f (1909.08053, figure 3)."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, group=None):  # of ranks; all of them by default
+        ctx.group = group
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
 
 class _Reduce(torch.autograd.Function):
     """Add up the ranks' results: Megatron's g. The gradient of a sum is the same for each of its terms."""
 
     @staticmethod
-    def forward(ctx, x):
-        x = x.contiguous()
-        dist.all_reduce(x)
+    def forward(ctx, x, group=None):
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
         return x
 
     @staticmethod
     def backward(ctx, grad):
-        return grad
+        return grad, None
 
 class ColumnParallelLinear(nn.Module):
     """Compute y = x W^T with the rows of W (out, in) dealt out: rank r makes the r-th part of the outputs."""
@@ -147,19 +152,20 @@ def zero_step(zero: int, weights, grad, m, v, step: int, lr: float) -> None:
     dist.all_gather_into_tensor(weights, mine.clone())
 
 class _Gather(torch.autograd.Function):
-    """Make the whole (P,) of a shard (P/W,) while it is used; the gradient goes back as a summed shard."""
+    """Make the whole (P, ..) of the ranks' shards (P/W, ..); the gradient goes back as a summed shard."""
 
     @staticmethod
-    def forward(ctx, shard):
-        whole = shard.new_empty(shard.numel() * dist.get_world_size())
-        dist.all_gather_into_tensor(whole, shard.detach().contiguous())
+    def forward(ctx, shard, group=None):
+        ctx.group = group
+        whole = shard.new_empty(shard.shape[0] * dist.get_world_size(group), *shard.shape[1:])
+        dist.all_gather_into_tensor(whole, shard.detach().contiguous(), group=group)
         return whole
 
     @staticmethod
     def backward(ctx, grad):
-        shard = grad.new_empty(grad.numel() // dist.get_world_size())
-        dist.reduce_scatter_tensor(shard, grad.contiguous())
-        return shard
+        shard = grad.new_empty(grad.shape[0] // dist.get_world_size(ctx.group), *grad.shape[1:])
+        dist.reduce_scatter_tensor(shard, grad.contiguous(), group=ctx.group)
+        return shard, None
 
 def zero3_forward(layers: list, shards: list, x):
     """Run layers[i] (flat weights, x) -> x, where a rank keeps shards[i] (P/W,) of its weights: 16P/W bytes.
@@ -175,14 +181,147 @@ def zero3_forward(layers: list, shards: list, x):
         x = checkpoint(gather_and_run, layer, shard, x, use_reentrant=False)
     return x
 
+class Pipe:
+    """Be one stage of a pipeline: rank r computes layers whose input comes from rank r-1, one batch at a time.
+
+    stage (x) -> y is this rank's part of the model; the last one's y is a loss. shape: of what passes between
+    two stages, (B, T, C). What is sent is not waited for until the end: two ranks that send to each other,
+    and each wait for the other to receive, would wait for ever.
+    """
+
+    def __init__(self, stage, inputs: list, shape):
+        self.stage, self.inputs, self.shape = stage, inputs, shape
+        self.rank, self.last = dist.get_rank(), dist.get_world_size() - 1
+        self.stored = {}  # micro-batch -> (x, y) with all that its backward pass needs
+        self.peak = 0  # the most that were stored at one time
+        self.sends = []
+
+    def receive(self, rank: int):
+        buffer = torch.empty(self.shape)
+        dist.recv(buffer, rank)
+        return buffer
+
+    def send(self, tensor, rank: int) -> None:
+        self.sends.append((dist.isend(tensor.contiguous(), rank), tensor))
+
+    def forward(self, i: int) -> None:
+        x = self.inputs[i] if self.rank == 0 else self.receive(self.rank - 1).requires_grad_()
+        y = self.stage(x)
+        self.stored[i] = x, y
+        self.peak = max(self.peak, len(self.stored))
+        if self.rank < self.last:
+            self.send(y.detach(), self.rank + 1)
+
+    def backward(self, i: int) -> None:
+        x, y = self.stored.pop(i)
+        y.backward(None if self.rank == self.last else self.receive(self.rank + 1))
+        if self.rank > 0:
+            self.send(x.grad, self.rank - 1)
+
+    def finish(self) -> None:
+        for work, _ in self.sends:
+            work.wait()
+
+def gpipe(pipe: Pipe, m: int) -> None:
+    """Fill the pipeline with all m micro-batches, then drain it: m are stored (Huang et al. 2018, 1811.06965)."""
+    for i in range(m):
+        pipe.forward(i)
+    for i in range(m):
+        pipe.backward(i)
+    pipe.finish()
+
+def one_forward_one_backward(pipe: Pipe, m: int) -> None:
+    """Go back with the oldest micro-batch as soon as it can: p - r are stored, and no fewer slots are idle.
+
+    1F1B (PipeDream-Flush, Narayanan et al. 2020, 2006.09503). What it saves beside GPipe is memory, not time.
+    """
+    warmup = min(m, pipe.last - pipe.rank)
+    for i in range(warmup):  # warm-up: as many as stages follow
+        pipe.forward(i)
+    for i in range(warmup, m):  # steady state
+        pipe.forward(i)
+        pipe.backward(i - warmup)
+    for i in range(m - warmup, m):  # cool-down
+        pipe.backward(i)
+    pipe.finish()
+
+def context_pieces(T: int, cp: int) -> list[list[int]]:
+    """Deal a sequence out to cp ranks: a piece from the front and one from the back -> positions of each.
+
+    A causal token sees those before it: with the front alone, rank 0 would have next to nothing to do. With
+    pieces r and 2cp-1-r of 2cp all ranks have the same (Llama 3, 2407.21783, 3.3.2).
+
+    >>> context_pieces(8, 2)
+    [[0, 1, 6, 7], [2, 3, 4, 5]]
+    """
+    size = T // (2 * cp)
+    piece = [list(range(i * size, (i + 1) * size)) for i in range(2 * cp)]
+    return [piece[r] + piece[2 * cp - 1 - r] for r in range(cp)]
+
+class _Exchange(torch.autograd.Function):
+    """Send the first sent[0] rows to rank 0, the next sent[1] to rank 1 ..; the gradients go the way back."""
+
+    @staticmethod
+    def forward(ctx, rows, sent: list[int], received: list[int], group=None):
+        ctx.way = sent, received, group
+        found = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(found, rows.contiguous(), received, sent, group=group)
+        return found
+
+    @staticmethod
+    def backward(ctx, grad):
+        sent, received, group = ctx.way
+        rows = grad.new_empty(sum(sent), *grad.shape[1:])
+        dist.all_to_all_single(rows, grad.contiguous(), sent, received, group=group)
+        return rows, None, None, None
+
+def exchange(experts, compute, x, chosen, weights, group=None):
+    """Compute a mixture whose experts are dealt out: rows go to their experts' ranks and come back.
+
+    GShard (Lepikhin et al. 2020, 2006.16668). experts: this rank's E/W of them; compute: moe.dispatch, as one
+    process has it. x (N, C), chosen (N, A) of all E, or E for a choice that was dropped, weights (N, A) -> (N, C).
+    """
+    N, A = chosen.shape
+    world = dist.get_world_size(group)
+    E = world * len(experts)
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)  # by expert, and so by rank; dropped ones last
+    counts = torch.bincount(flat, minlength=E + 1)[:E].view(world, -1)
+    kept = int(counts.sum())
+    theirs = torch.empty_like(counts)  # how many rows each rank sends to each of this rank's experts
+    dist.all_to_all_single(theirs, counts, group=group)
+    sent = counts.sum(1).tolist()
+    received = theirs.sum(1).tolist()
+    rows = _Exchange.apply(x.index_select(0, order[:kept] // A), sent, received, group)
+    expert = torch.arange(len(experts), device=x.device).repeat(world).repeat_interleave(theirs.flatten())
+    y = compute(experts, rows, expert.unsqueeze(1), rows.new_ones(len(rows), 1))
+    y = _Exchange.apply(y, received, sent, group)
+    y = torch.cat([y, y.new_zeros(N * A - kept, y.shape[1])])
+    place = order.argsort().view(N, A)  # where each choice went
+    return (y[place] * weights.to(y.dtype).unsqueeze(-1)).sum(1)  # (N, A, C) -> (N, C)
+
 # ---- Part II: layouts, and what they cost ------------------------------------------------------------------
 
-# Outermost first. A step's gradients cross the outer axes once, activations the inner one in every layer.
-AXES = ("replicate", "shard", "tensor")
+# Outermost first. Gradients cross the outer axes once a step, what passes between stages once a micro-batch,
+# keys and values once a layer, and activations twice a layer the innermost.
+AXES = ("replicate", "shard", "pipeline", "context", "tensor")
+
+# How micro-batches go through a pipeline -> (the engine's class, stages on each rank).
+SCHEDULES = {
+    "naive": (pipelining.ScheduleGPipe, 1),  # one micro-batch after the other: one rank works at a time
+    "gpipe": (pipelining.ScheduleGPipe, 1),
+    "1f1b": (pipelining.Schedule1F1B, 1),
+    "interleaved": (pipelining.ScheduleInterleaved1F1B, 2),  # smaller stages, and so a shorter fill (2104.04473)
+    "zero-bubble": (pipelining.ScheduleInterleavedZeroBubble, 2),  # weights' gradients fill it (2401.10241)
+}
 
 @dataclass(frozen=True)
 class Layout:
-    """Divide W = dp x tp ranks: the data goes dp = replicate x shard ways, through a model split over tp."""
+    """Divide W = dp x pp x cp x tp ranks; the experts are dealt out to ep of the dp.
+
+    dp = replicate x shard reads different sequences; pp has different layers, cp different parts of a
+    sequence, tp different parts of each matrix.
+    """
 
     dp: int = 1
     tp: int = 1
@@ -190,48 +329,192 @@ class Layout:
     replicate: int = 1  # with ZeRO-2 and -3: groups that each hold a whole set of shards
     sequence: bool = False  # norms and residuals split along the sequence between the tensor-parallel halves
     optimizer: str = "adamw"  # or "muon", whose matrices are dealt out whole
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    schedule: str = "1f1b"
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Give the lengths of the axes: what is not sharded over data is replicated."""
-        replicate = self.dp if self.zero < 2 else self.replicate
-        return replicate, self.dp // replicate, self.tp
+    def data(self) -> int:
+        """Count the ranks that have the same weights and see different tokens: they add up gradients."""
+        return self.dp * self.cp
+
+    @property
+    def split(self) -> int:
+        """Count the ranks that read the same sequences, which are those that one model is split over."""
+        return self.pp * self.cp * self.tp
+
+    @property
+    def stages(self) -> int:
+        return self.pp * SCHEDULES[self.schedule][1] if self.pp > 1 else 1
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Give the axes on which weights differ or not: (replicate, shard, pipeline, tensor)."""
+        replicate = self.data if self.zero < 2 else self.replicate
+        return replicate, self.data // replicate, self.pp, self.tp
 
     @property
     def uses_fsdp(self) -> bool:
-        """Tell whether fully_shard does the data parallelism: DDP has no shards and takes no DTensors."""
-        return self.dp > 1 and (self.zero >= 2 or self.tp > 1)
+        """Tell whether fully_shard adds up the gradients."""
+        return self.data > 1 and self.zero >= 2
+
+    @property
+    def uses_ddp(self) -> bool:
+        """Tell whether DDP does: it takes no DTensors, and its hooks miss the backward passes of a pipeline."""
+        return self.data > 1 and self.zero < 2 and self.pp == self.tp == self.ep == 1
 
     @property
     def owners(self) -> int:
         """Count the ranks that share one copy of the weights: Muon's matrices are dealt out to them."""
-        return self.tp * (self.dp if self.zero else 1) if self.optimizer == "muon" else 1
+        return self.tp * (self.data if self.zero else 1) if self.optimizer == "muon" else 1
+
+    def describe(self, m: int) -> str:
+        """Say the axes that are in use, for the first line of a run."""
+        more = [f"pp {self.pp} ({self.schedule}, {m} micro-batches)"] * (self.pp > 1)
+        more += [f"cp {self.cp}"] * (self.cp > 1) + [f"ep {self.ep}"] * (self.ep > 1)
+        return f"{' x '.join([f'dp {self.dp}', *more, f'tp {self.tp}'])}, ZeRO-{self.zero}"
+
+    def __str__(self) -> str:
+        more = {"--pp": self.pp, "--cp": self.cp, "--ep": self.ep}
+        return " ".join([f"--dp {self.dp}", *(f"{k} {n}" for k, n in more.items() if n > 1), f"--tp {self.tp}"])
+
+# What torch.compile does not go with, and its name.
+UNCOMPILED = {
+    lambda layout: layout.tp > 1: "tensor parallelism",
+    lambda layout: layout.stages > 1 and layout.schedule == "zero-bubble": "a zero-bubble schedule",
+}
 
 # Fields of Config that the plan of `split_tensors` does not know.
 WHOLE = ("position", "norm", "norm_plus_one", "post_norm", "parallel_block", "gated", "o_bias", "mlp_bias",
          "head_bias", "scale_embedding", "kv_rank")
 
-def check_layout(layout: Layout, world: int, config: Config) -> None:
-    """Refuse a layout that cannot be, and name the nearest one that can."""
-    dp, tp, zero = layout.dp, layout.tp, layout.zero
-    check(zero in range(4), f"--zero is 0, 1, 2 or 3; not {zero}.")
+def misfits(layout: Layout, world: int, config: Config) -> list[str]:
+    """Say what does not divide, the first reason first; nothing where the layout can be."""
+    dp, pp, cp, tp, ep = layout.dp, layout.pp, layout.cp, layout.tp, layout.ep
     widths = {"heads": config.n_head, "key-value heads": config.n_kv_head, "vocabulary": config.vocab_size,
               "feed-forward width": config.ffn_dim}
-    counts = [world, *widths.values()]
-    fitting = [n for n in range(1, min(counts) + 1) if not any(count % n for count in counts)]
-    near = min(fitting, key=lambda n: abs(math.log(world / n / dp)) + abs(math.log(n / tp)))
+    if config.n_expert:
+        widths["experts' width"] = config.expert_dim
     why = [f"{width} {what} do not divide by {tp}" for what, width in widths.items() if width % tp]
-    why += [f"{dp} x {tp} is {dp * tp}, and there are {world} processes"] * (dp * tp != world)
-    check(not why, f"--dp {dp} --tp {tp} cannot be: {', '.join(why[:1])}; the nearest that can is "
-          f"--dp {world // near} --tp {near}.")
-    check(tp == 1 or not config.n_expert,
-          "A mixture of experts cannot be split by --tp yet: use --dp, with --zero 3 where memory is short.")
+    if config.n_layer < layout.stages:
+        why.append(f"{config.n_layer} layers do not make {layout.stages} stages ({layout.schedule})")
+    if cp > 1 and config.seq_len % (2 * cp):
+        why.append(f"a context of {config.seq_len} does not divide into {2 * cp} pieces")
+    if ep > 1 and (dp % ep or config.n_expert % ep or not config.n_expert):
+        why.append(f"{config.n_expert} experts on {ep} of {dp} data-parallel ranks do not divide")
+    if dp * pp * cp * tp != world:
+        sizes = " x ".join(str(n) for n in (dp, pp, cp, tp) if n > 1 or n in (dp, tp))
+        why.append(f"{sizes} is {dp * pp * cp * tp}, and there are {world} processes")
+    return why
+
+def nearest_layout(layout: Layout, world: int, config: Config) -> Layout:
+    """Find the layout that can be whose axes differ by the smallest factors, those of the model before dp."""
+    divisors = [n for n in range(1, world + 1) if world % n == 0]
+
+    def distance(near: Layout) -> float:
+        weights = {"dp": 1, "tp": 1.01, "pp": 1.01, "cp": 1.01, "ep": 1}
+        return sum(w * abs(math.log(getattr(near, a) / getattr(layout, a))) for a, w in weights.items())
+
+    best = None
+    for pp, cp, tp in itertools.product(divisors, repeat=3):
+        if world % (pp * cp * tp):
+            continue
+        for ep in divisors if layout.ep > 1 else [1]:
+            near = dataclasses.replace(layout, dp=world // (pp * cp * tp), pp=pp, cp=cp, tp=tp, ep=ep)
+            if (best is None or distance(near) < distance(best)) and not misfits(near, world, config):
+                best = near
+    return best
+
+def check_layout(layout: Layout, world: int, config: Config) -> None:
+    """Refuse a layout that cannot be, and name the nearest one that can."""
+    zero, tp, cp, pp = layout.zero, layout.tp, layout.cp, layout.pp
+    check(zero in range(4), f"--zero is 0, 1, 2 or 3; not {zero}.")
+    check(layout.schedule in SCHEDULES, f"--pp-schedule is {', '.join(SCHEDULES)}; not {layout.schedule!r}.")
+    why = misfits(layout, world, config)
+    if why:
+        near = nearest_layout(layout, world, config)
+        raise UserError(f"{layout} cannot be: {why[0]}; the nearest that can is {near}.")
     odd = [name for name in WHOLE if getattr(config, name) != getattr(Config, name)]
     check(tp == 1 or not odd, f"A model with {', '.join(odd)} cannot be split by --tp yet: use --dp.")
-    check(dp % layout.replicate == 0 and (layout.replicate == 1 or zero >= 2),
-          f"--replicate {layout.replicate} has to divide --dp {dp}, and needs --zero 2 or 3.")
-    check(not layout.sequence or (tp > 1 and config.seq_len % tp == 0),
-          f"--sequence-parallel needs --tp above 1 that divides the context of {config.seq_len}.")
+    check(layout.dp % layout.replicate == 0 and (layout.replicate == 1 or zero >= 2),
+          f"--replicate {layout.replicate} has to divide --dp {layout.dp}, and needs --zero 2 or 3.")
+    check(layout.replicate == 1 or layout.ep == 1, "--replicate and --ep do not go together: leave one out.")
+    check(not layout.sequence or (tp > 1 and config.seq_len // cp % tp == 0),
+          f"--sequence-parallel needs --tp above 1 that divides the context of {config.seq_len // cp}.")
+    check(pp == 1 or zero < 3, "--zero 3 would gather a stage for each micro-batch of a pipeline: use --zero 2.")
+    check(cp == 1 or config.position != "alibi", "ALiBi's bias is not split by --cp: use --dp.")
+    whole = config.n_expert and (config.balance == "loss" or config.capacity is not None)
+    check(cp == 1 or not whole, "Experts' balance loss and capacity are of whole sequences, which --cp splits: "
+          "--set balance=none, or bias, and no capacity.")
+
+def default_micro_batch(layout: Layout, windows: int) -> int:
+    """Choose micro-batches for a pipeline: about four for each stage, which leaves 16 to 20 % idle (1F1B)."""
+    mine = max(1, windows // layout.dp)
+    able = [n for n in range(1, mine + 1) if mine % n == 0 and n % layout.pp == 0 and n <= 4 * layout.pp]
+    return mine // max(able, default=1)
+
+def check_micro_batches(layout: Layout, windows: int, micro_batch: int, n_layer: int) -> int:
+    """Count the micro-batches of a rank's windows -> m; refuse what the schedule cannot do, name what it can."""
+    m, rest = divmod(windows // layout.dp, micro_batch)
+    if layout.pp == 1:
+        return m + (rest > 0)
+    able = [n for n in range(1, windows // layout.dp + 1) if windows // layout.dp % n == 0]
+    if layout.schedule not in ("naive", "gpipe"):
+        able = [n for n in able if n % layout.pp == 0]  # 1F1B: as many as stages; in rounds of p
+    near = min(able, key=lambda n: abs(math.log(n / max(m, 1))), default=None)
+    check(near, f"{windows // layout.dp} sequences a rank do not make micro-batches for a pipeline of {layout.pp} "
+          f"stages: make --tokens-per-step a multiple of {layout.dp * layout.pp} sequences.")
+    check(not rest and m in able, f"--micro-batch {micro_batch} makes {windows / layout.dp / micro_batch:g} "
+          f"micro-batches of a rank's {windows // layout.dp} sequences, which {layout.schedule} on {layout.pp} "
+          f"stages does not take; the nearest that it takes is --micro-batch {windows // layout.dp // near}.")
+    return m
+
+def deal_layers(config: Config, stages: int) -> list[range]:
+    """Cut the layers into stages of about equal operations, the output matrix counted to the last.
+
+    >>> deal_layers(Config(vocab_size=64, n_layer=5, n_head=4, n_embd=64, ffn_dim=192), 2)
+    [range(0, 3), range(3, 5)]
+    """
+    L = config.n_layer
+    one = config.replace(n_layer=1, window=None, dense_layers=())
+    head = config.vocab_size * config.n_embd
+    costs = []
+    for i in range(L):
+        kind = one if config.is_sparse(i) else one.replace(n_expert=0)
+        costs.append(flops_per_token(kind, config.seq_len) / 6 - head)
+    costs[-1] += head
+    ends = [0]
+    for stage in range(1, stages):
+        goal = sum(costs) * stage / stages
+        able = range(ends[-1] + 1, L - (stages - stage) + 1)  # at least one layer for each
+        ends.append(min(able, key=lambda i: abs(sum(costs[:i]) - goal)))
+    return [range(a, b) for a, b in itertools.pairwise([*ends, L])]
+
+def bubble(schedule: str, p: int, m: int) -> float:
+    """Compute the share of a rank's time that it waits: p stages, m micro-batches, backward twice forward.
+
+    GPipe and 1F1B (2104.04473, 2.2.1): (p-1)/(m+p-1). Interleaved, v stages on a rank: (p-1)/(vm+p-1). Zero
+    bubble, where a third of the work, the weights' gradients, can wait: (p-1)/(3vm+p-1).
+
+    >>> round(bubble("1f1b", 4, 8), 3), round(bubble("interleaved", 4, 8), 3)
+    (0.273, 0.158)
+    """
+    if schedule == "naive":
+        return (p - 1) / p
+    work = m * SCHEDULES[schedule][1] * (3 if schedule == "zero-bubble" else 1)
+    return (p - 1) / (work + p - 1)
+
+def stored(schedule: str, p: int, m: int, rank: int) -> int:
+    """Count the most micro-batches of one stage whose activations stand on a rank: p - r with 1F1B."""
+    if schedule == "naive":
+        return 1
+    if schedule == "gpipe":
+        return m
+    if schedule == "1f1b":
+        return min(m, p - rank)
+    warmup = p + 2 * (p - 1 - rank) + 1 if schedule == "interleaved" else 2 * p + p - 1 - rank + 1
+    return min(2 * m, warmup)
 
 def zero_bytes(n: float, ranks: int, zero: int) -> tuple[float, float, float]:
     """Count bytes of (parameters, gradients, AdamW's two moments) on a rank for n parameters in float32.
@@ -246,108 +529,306 @@ def zero_bytes(n: float, ranks: int, zero: int) -> tuple[float, float, float]:
     return parameters, gradients, 8 * n / (ranks if zero >= 1 else 1)
 
 @functools.cache
-def count_model(config: Config) -> tuple[int, int]:
-    """Count all parameters, and those in the matrices of layers, which are nearly all that layers have."""
+def count_parts(config: Config) -> tuple[dict, ...]:
+    """Count the parameters of each layer, {"all", "matrices", "experts"}, then of what is before and after."""
     with torch.device("meta"):
         model = Transformer(config)
-    return sum(p.numel() for p in model.parameters()), sum(layer_matrices(model).values())
+    parts = []
+    for i in range(config.n_layer):
+        sizes = {f"layers.{n}": p for n, p in model.layers[str(i)].named_parameters()}
+        parts.append({"all": sum(p.numel() for p in sizes.values()),
+                      "matrices": sum(p.numel() for p in sizes.values() if p.dim() == 2),
+                      "experts": sum(p.numel() for n, p in sizes.items() if ".experts." in n)})
+    none = {"matrices": 0, "experts": 0}
+    first = sum(p.numel() for n, p in model.named_parameters() if n.startswith("embed_"))
+    last = model.lm_head.weight.numel() + config.n_embd  # (and the last norm)
+    return *parts, {"all": first, **none}, {"all": last, **none}
 
-def layer_matrices(model: Transformer) -> dict[str, int]:
+def count_share(config: Config, layout: Layout, rank: int = 0) -> dict:
+    """Count the parameters of a rank of the pipeline, all of them in one piece: {"all", "matrices", "experts"}."""
+    *layers, first, last = count_parts(config)
+    if layout.stages == 1:
+        parts = [*layers, first, last | {"all": config.n_embd} if config.tie else last]
+    else:
+        mine = deal_layers(config, layout.stages)[rank :: layout.pp]
+        parts = [layers[i] for some in mine for i in some] + [first] * (rank == 0)
+        parts += [last] * (rank == layout.pp - 1)
+    return {name: sum(part[name] for part in parts) for name in ("all", "matrices", "experts")}
+
+def layer_matrices(model: nn.Module) -> dict[str, int]:
     """List the matrices of layers, which are Muon's: {name: parameters}."""
     named = model.named_parameters()
     return {name: p.numel() for name, p in named if p.dim() == 2 and name.startswith("layers.")}
 
-def training_bytes(config: Config, B: int, T: int, layout: Layout, recompute=False, e=2) -> dict:
-    """Count the bytes that stand in a rank's memory when it trains on B sequences of T tokens at once.
+def training_bytes(config: Config, B: int, T: int, layout: Layout, recompute=False, e=2, m=1, rank=0) -> dict:
+    """Count the bytes that stand in a rank's memory when it trains on m micro-batches of B sequences.
 
-    {"parameters", "gathered", "gradients", "optimizer", "activations"}; e: bytes of an activation.
-    fully_shard keeps a shard beside what it has gathered: the whole model with ZeRO-2, embedding and two
-    blocks with ZeRO-3. Muon has one moment, and owners a copy of their matrices. Activations are what a
-    block's backward pass needs, where attention is not written out.
+    {"parameters", "gathered", "gradients", "optimizer", "activations"}; e: bytes of an activation; rank: of the
+    pipeline. fully_shard keeps a shard beside what it has gathered: the whole model with ZeRO-2, embedding and
+    two blocks with ZeRO-3. Muon has one moment, and owners a copy of their matrices. Activations are what a
+    block's backward pass needs, where attention is not written out, for each micro-batch that is stored.
     """
-    c, L, tp, zero = config, config.n_layer, layout.tp, layout.zero
-    n, matrices = (count / tp for count in count_model(c))  # (all ranks have norms: next to nothing)
-    shards = layout.dp if zero == 1 else layout.sizes[1]
-    parameters, gradients, moments = zero_bytes(n, shards, zero)
-    if layout.optimizer == "muon":
-        moments *= 1 - matrices / n  # AdamW's, of the rest
-        moments += tp * matrices * (8 / layout.owners if layout.owners > 1 else 4)
-    gathered = e * n if e < 4 or layout.uses_fsdp else 0.0
-    if zero >= 2 and shards > 1:
-        parameters = 4 * n / shards
-        gathered = e * (n if zero == 2 else n - max(0, 1 - 2 / L) * matrices)
+    c, tp, cp, zero = config, layout.tp, layout.cp, layout.zero
+    count = count_share(c, layout, rank)
+    dense = {name: (count[name] - count["experts"]) / tp for name in ("all", "matrices")}
+    experts = count["experts"] / tp / layout.ep
+    shards = layout.data if zero == 1 else layout.sizes[1]
+    total = dict.fromkeys(("parameters", "gathered", "gradients", "optimizer"), 0.0)
+    blocks = sum(map(len, deal_layers(c, layout.stages)[rank :: layout.pp]))
+    for n, matrices, ranks, owners in (
+        (dense["all"], dense["matrices"], shards, layout.owners),
+        (experts, experts, shards / layout.ep, layout.owners / (layout.ep if zero else 1)),
+    ):
+        if not n:
+            continue
+        parameters, gradients, moments = zero_bytes(n, ranks, zero)
+        if layout.optimizer == "muon":
+            moments *= 1 - matrices / n  # AdamW's, of the rest
+            moments += tp * matrices * (8 / owners if owners > 1 else 4)
+        gathered = e * n if e < 4 else 0.0
+        if layout.uses_fsdp:
+            parameters = 4 * n / ranks
+            gathered = e * (n if zero == 2 else n - max(0, 1 - 2 / blocks) * matrices)
+            if layout.pp > 1:
+                gradients = 4 * n  # whole until the last micro-batch's
+        for name, size in zip(total, (parameters, gathered, gradients, moments), strict=True):
+            total[name] += size
     heads = (c.n_head + c.n_kv_head) * c.head_dim / tp
     width = c.ffn_dim / tp
     if c.n_expert:  # the rows that go to the experts, and what comes back, stand beside the tokens
-        width = c.expert_dim * (c.n_expert_active + c.n_expert_shared) + c.n_embd * c.n_expert_active / 2
+        width = c.expert_dim * (c.n_expert_active + c.n_expert_shared) / tp + c.n_embd * c.n_expert_active / 2
     layer = 4 * c.n_embd + (3 + c.qk_norm) * heads + 4 * width  # norms' inputs and outputs; q, k, v, y
-    kept = L * c.n_embd + layer if recompute else L * layer
-    logits = min(B * T * c.vocab_size / tp, KEEP_LOGITS)
-    return {"parameters": parameters, "gathered": gathered, "gradients": gradients, "optimizer": moments,
-            "activations": e * B * T * kept + 4 * logits}
+    layer += 2 * c.n_kv_head * c.head_dim * (cp - 1) / tp  # the other ranks' keys and values
+    kept = blocks * c.n_embd + layer if recompute else blocks * layer
+    at_once = stored(layout.schedule, layout.pp, m, rank) if layout.pp > 1 else 1
+    N = B * T / cp
+    logits = min(N * c.vocab_size / tp, KEEP_LOGITS) if rank == layout.pp - 1 else 0
+    mask = (1 + e) * (2 * cp + 1) * (T / (2 * cp)) ** 2 if cp > 1 else 0
+    chunks = SCHEDULES[layout.schedule][1] if layout.pp > 1 else 1
+    return total | {"activations": e * N * kept * at_once / chunks + mask + 4 * logits}
 
-def communication(config: Config, N: int, layout: Layout, recompute=False, e=2) -> list[tuple]:
-    """List what a step on one micro-batch of N tokens a rank sends: (collective, axis, bytes).
+def communication(config: Config, N: int, layout: Layout, recompute=False, e=2, m=1) -> list[tuple]:
+    """List what a step on m micro-batches of N tokens a rank sends: (collective, axis, bytes).
 
     bytes: of the whole tensors. Tensor parallelism: two all-reduces of the activations (N, C) a block,
     forward and backward (1909.08053, 3); with the sequence split (2205.05198, figure 5) each is an all-gather
     and a reduce-scatter. Data parallelism: the gradients once; the weights once with ZeRO-1 and 2, twice with
-    ZeRO-3 (1910.02054, 7). Muon: a matrix's gradient to its owner, its weights back. Not: norms' gradients.
+    ZeRO-3 (1910.02054, 7). Pipeline: what passes between stages, and its gradient, the mean of the ranks.
+    Context: keys and values of all ranks, and their gradients. Experts: A rows a token there and back, and
+    their gradients. Muon: a matrix's gradient to its owner, its weights back. Not: norms' gradients.
     """
     c, rows = config, []
-    replicate, shards, tp = layout.sizes
-    n, matrices = (count / tp for count in count_model(c))
+    replicate, shards, pp, tp = layout.sizes
+    shares = [count_share(c, layout, rank) for rank in range(pp)]
+    n, matrices, experts = (sum(s[name] for s in shares) / pp / tp for name in ("all", "matrices", "experts"))
+    sparse = sum(map(c.is_sparse, range(c.n_layer))) / pp
+    layers = c.n_layer / pp
+    low = e * N * c.n_embd
     if tp > 1:
-        sent = (4 + recompute) * c.n_layer  # a block that is computed again also sends its first half again
-        low = e * N * c.n_embd
-        whole = 4 * N * c.n_embd  # float32 at either end of the model
+        # (a block that is computed again also sends its first half again)
+        sent = m * ((4 + recompute) * layers + 2 * sparse * bool(c.n_expert_shared))
+        whole = m * 4 * N * c.n_embd / pp  # float32 at either end of the model
         # three numbers a token for the loss, and the gradient of what the output matrix reads
-        rows.append(("all_reduce", "tensor", 3 * 4 * N + low))
+        rows.append(("all_reduce", "tensor", m * (3 * 4 * N + low) / pp))
+        rows.append(("all_reduce", "tensor", m * sparse * 4 * N * c.n_expert_active))  # their weights' gradient
         if layout.sequence:  # (to be computed again, what was split is gathered again)
-            gathered = sent + 1 + c.n_layer * recompute
+            gathered = sent + m * (1 / pp + layers * recompute)
             rows.append(("all_gather", "tensor", gathered * low + whole))
             rows.append(("reduce_scatter", "tensor", sent * low + whole))
         else:
             rows.append(("all_reduce", "tensor", sent * low + whole))
-    if shards > 1:
-        rows.append(("all_gather", "shard", (2 if layout.zero == 3 else 1) * e * n))
-        rows.append(("reduce_scatter", "shard", 4 * n))
-    if replicate > 1:
-        rows.append(("all_reduce", "replicate", 4 * n / shards))
+    if pp > 1:
+        hidden = (e if layout.uses_fsdp else 4) * N * c.n_embd / (tp if layout.sequence else 1)
+        rows.append(("send", "pipeline", 2 * m * (layout.stages - 1) / pp * hidden))
+        if c.tie:
+            rows.append(("all_reduce", "pipeline", 2 / pp * 4 * c.vocab_size * c.n_embd / tp / shards))
+    if layout.cp > 1:
+        keys = m * layers * e * 2 * c.n_kv_head * c.head_dim / tp * N * layout.cp
+        rows.append(("all_gather", "context", (1 + recompute) * keys))
+        rows.append(("reduce_scatter", "context", keys))
+    if layout.ep > 1:
+        rows.append(("all_to_all", "expert", m * (4 + 2 * recompute) * sparse * c.n_expert_active * low))
+    own = experts / layout.ep
+    fewer = layout.ep if layout.zero >= 2 else 1  # ranks that share one expert's shards
+    for size, matrix, ranks, copies in (
+        (n - experts, matrices - experts, shards, replicate),
+        (own, own, shards // fewer, replicate * fewer // layout.ep),
+    ):
+        if ranks > 1:
+            rows.append(("all_gather", "shard", (2 * m if layout.zero == 3 else 1) * e * size))
+            rows.append(("reduce_scatter", "shard", (m if pp == 1 else 1) * 4 * size))
+        if copies > 1:
+            rows.append(("all_reduce", "replicate", 4 * size / ranks))
+        if copies > 1 and layout.zero == 1:
+            rows.append(("all_gather", "replicate", 4 * (size - matrix * (layout.owners > 1))))
     if layout.owners > 1:
-        n -= matrices  # the others are AdamW's
-        whole = 4 * matrices * tp
+        whole = 4 * (matrices - experts + own) * tp
         if tp > 1:
             rows.append(("all_gather", "tensor", whole / shards))
         if shards > 1:
             rows.append(("all_gather", "shard", whole))
         rows.append(("broadcast", "shard" if layout.zero else "tensor", whole))
-    if layout.zero == 1 and layout.dp > 1:
-        rows.append(("all_gather", "replicate", 4 * n))
-    return rows
-
-def find_layouts(config: Config, ranks: int, per_node: int, micro_batch: int, optimizer: str) -> list[dict]:
-    """List the layouts of so many ranks, with the GB that stand on each and that it sends, best first."""
-    found = []
-    tokens = micro_batch * config.seq_len
-    widths = [2**i for i in range(per_node.bit_length()) if ranks % 2**i == 0]
-    for tp, zero, recompute in itertools.product(widths, range(4), (False, True)):
-        layout = Layout(ranks // tp, tp, zero, optimizer=optimizer)
-        with contextlib.suppress(UserError):
-            check_layout(layout, ranks, config)
-            row = training_bytes(config, micro_batch, config.seq_len, layout, recompute)
-            row |= {"total": sum(row.values()), "tensor": 0.0, "data": 0.0}
-            for name, axis, size in communication(config, tokens, layout, recompute):
-                link = axis if axis == "tensor" else "data"
-                group = tp if axis == "tensor" else layout.dp
-                times = 2 if name == "all_reduce" else 1  # in a ring each rank sends (W-1)/W of the whole
-                row[link] += times * size * (group - 1) / group
-            row = {name: size / 1e9 for name, size in row.items()}
-            found.append({"dp": layout.dp, "tp": tp, "zero": zero, "recompute": recompute, **row})
-    # what is sent between nodes costs most, then what is computed twice, then what is sent within one
-    return sorted(found, key=lambda row: (row["data"], row["recompute"], row["tensor"]))
+    return [row for row in rows if row[2]]
 
 # ---- Part III: the same on PyTorch's engine ----------------------------------------------------------------
+
+class Grid:
+    """Hold the processes as one array (`AXES`), and the meshes and groups that it is cut into.
+
+    weights: the mesh of what differs in weights, (replicate, shard, pipeline, tensor); ranks of one context are
+    data-parallel in it. experts: the same for the experts, of which ep ranks have different ones.
+    """
+
+    def __init__(self, layout: Layout, config: Config, device: str):
+        self.layout = o = layout
+        self.tied = ["embed_tokens.weight"] * (config.tie and o.pp > 1)  # on both ends of a pipeline
+        ranks = torch.arange(o.dp * o.split).view(o.dp, o.pp, o.cp, o.tp)
+        rank = dist.get_rank()
+        self.data, self.stage, self.context, self.tensor = (int(i) for i in (ranks == rank).nonzero()[0])
+        names = ("replicate", "shard", "pipeline", "tensor")
+        by_weights = ranks.transpose(1, 2).reshape(o.sizes)
+        self.weights = self.experts = DeviceMesh(device, by_weights, mesh_dim_names=names)
+        self.context_group = self.expert_group = self.ends = None
+        if o.cp > 1:
+            mesh = DeviceMesh(device, ranks.flatten(0, 1), mesh_dim_names=("rest", "context", "tensor"))
+            self.context_group = mesh["context"].get_group()
+        if o.ep > 1:
+            copies = o.data // o.ep
+            sizes = (copies, 1, o.ep) if o.zero < 2 else (1, copies, o.ep)
+            by_expert = ranks.view(o.dp // o.ep, o.ep, o.pp, o.cp, o.tp).permute(0, 3, 1, 2, 4)
+            names = ("replicate", "shard", "expert", "pipeline", "tensor")
+            self.experts = DeviceMesh(device, by_expert.reshape(*sizes, o.pp, o.tp), mesh_dim_names=names)
+            self.expert_group = self.experts["expert"].get_group()
+        self.pipe = self.weights["pipeline"].get_group()
+        self.pipe_ranks = dist.get_process_group_ranks(self.pipe)
+        # the ranks that share one copy of this stage's weights, and of this rank's experts
+        self.owners = self.owners_of_experts = self.weights["tensor"].get_group()
+        if o.zero:
+            stages = by_weights.permute(2, 0, 1, 3).flatten(1).tolist()
+            self.owners = self.owners_of_experts = dist.new_subgroups_by_enumeration(stages)[0]
+            if o.ep > 1:
+                owners = self.experts.mesh.permute(2, 3, 0, 1, 4).flatten(0, 1).flatten(1).tolist()
+                self.owners_of_experts = dist.new_subgroups_by_enumeration(owners)[0]
+        if self.tied:
+            pairs = ranks[:, [0, -1]].permute(0, 2, 3, 1).reshape(-1, 2).tolist()
+            pairs += [[r] for r in ranks[:, 1:-1].flatten().tolist()]
+            self.ends = dist.new_subgroups_by_enumeration(pairs)[0]
+
+    def mesh(self, name: str):
+        """Give the mesh of a parameter."""
+        return self.experts if ".experts." in name else self.weights
+
+    def group_of_owners(self, name: str):
+        return self.owners_of_experts if ".experts." in name else self.owners
+
+    def copies(self, name: str, p) -> int:
+        """Count the ranks that hold the same share of a parameter."""
+        mesh = self.mesh(name)
+        axes = [a for a in mesh.mesh_dim_names if a not in ("pipeline", "expert")]
+        copies = math.prod(mesh[a].size() for a in axes)
+        if isinstance(p, DTensor):
+            cuts = (p.device_mesh.size(i) for i, x in enumerate(p.placements) if not x.is_replicate())
+            copies //= math.prod(cuts)
+        return copies * (2 if name in self.tied else 1)
+
+class Stage(Transformer):
+    """Be the layers that a rank has, in the form in which a pipeline calls them; without one, all layers.
+
+    context: (rank, cp) where a sequence is dealt out to ranks; they all read it, and each takes its pieces.
+    """
+
+    context = None
+
+    def forward(self, x, aux=None, *, targets=None, documents=None):
+        """Compute a stage: ids (B, T), or hidden (B, t, C) and the aux so far -> hidden or losses, and aux."""
+        T = self.config.seq_len
+        positions = torch.arange(T, device=x.device)
+        if self.context:
+            rank, cp = self.context
+            positions = torch.tensor(context_pieces(T, cp)[rank], device=x.device)
+            x = x[:, positions] if self.first else x
+            targets = targets[:, positions] if self.last else None
+        targets = targets if self.last else None
+        return super().forward(x, targets, positions=positions, doc_ids=documents, aux=aux)
+
+    def masks(self, positions, doc_ids, trunk_ids, cache, T) -> dict:
+        """Make the masks of a rank's two pieces of the sequence, each with the keys up to its own end."""
+        if not self.context:
+            return super().masks(positions, doc_ids, trunk_ids, cache, T)
+        k_pos = torch.arange(self.config.seq_len, device=positions.device)
+        masks = {}
+        for window in set(self.config.windows):
+            masks[window] = []
+            for q_pos in positions.chunk(2):
+                end = int(q_pos[-1]) + 1
+                documents = (None, None) if doc_ids is None else (doc_ids[:, q_pos], doc_ids[:, :end])
+                mask = visible(q_pos, k_pos[:end], *documents, window=window, n_global=self.config.global_tokens)
+                masks[window].append(mask if mask.dim() == 3 else mask.unsqueeze(0))
+        return masks
+
+class ContextKeys:
+    """Stand where attention asks a cache for the earlier tokens' keys and values: other ranks have them."""
+
+    def __init__(self, group, T: int, cp: int):
+        self.group = group
+        self.order = torch.tensor(context_pieces(T, cp)).flatten().argsort()  # ranks' tokens -> the sequence
+
+    def update(self, layer: int, k, v):  # (B, K, T/cp, D) twice -> (B, K, T, D) twice
+        both = torch.cat((k, v), -1).permute(2, 0, 1, 3)
+        whole = _Gather.apply(both, self.group).index_select(0, self.order.to(k.device))
+        return whole.permute(1, 2, 0, 3).split((k.shape[-1], v.shape[-1]), -1)
+
+    def hook(self, module, args):
+        """Hand this to attention in the place of a cache: (x, cos, sin, mask, None) -> (.., self)."""
+        return *args[:-1], self
+
+class SplitExperts(nn.Module):
+    """Hold this rank's experts of a layer in the place of all, and compute the mixture with the other ranks."""
+
+    def __init__(self, experts: dict, ep, tp):
+        super().__init__()
+        for e, expert in experts.items():
+            self.add_module(e, expert)
+        self.values = experts.values
+        self.ep, self.tp = ep, tp  # groups: experts are dealt out, matrices are split
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    @torch.compiler.disable
+    def forward(self, x, chosen, weights):
+        compute = load_moe().dispatch
+        if self.tp:  # each rank has a part of every expert's width, as in `split_block`
+            x = _Copy.apply(x, self.tp)
+            weights = _Copy.apply(weights, self.tp)
+        y = exchange(self, compute, x, chosen, weights, self.ep) if self.ep else compute(self, x, chosen, weights)
+        return _Reduce.apply(y, self.tp) if self.tp else y
+
+class LocalLinear(Linear):
+    """Multiply by this rank's share of a matrix."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, local(self.weight).to(x.dtype))
+
+def split_experts(model: Transformer, grid: Grid) -> None:
+    """Deal out the experts to ep ranks, and split the matrices of each over tp."""
+    ep, tp = grid.layout.ep, grid.layout.tp
+    if not model.config.n_expert or ep == tp == 1:
+        return
+    E = model.config.n_expert // ep
+    first = grid.experts["expert"].get_local_rank() * E if ep > 1 else 0
+    mesh = grid.experts["tensor"]
+    for block in model.layers.values():
+        if not block.sparse:
+            continue
+        mine = {str(e): block.mlp.experts[str(e)] for e in range(first, first + E)}
+        for expert in mine.values() if tp > 1 else ():
+            for name, linear in expert.named_children():
+                if isinstance(linear, Linear):
+                    cut = Shard(1 if name == "down_proj" else 0)
+                    linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [cut]))
+                    linear.__class__ = LocalLinear
+        block.mlp.experts = SplitExperts(mine, grid.expert_group, mesh.get_group() if tp > 1 else None)
 
 def split_tensors(model: Transformer, mesh, sequence: bool) -> None:
     """Say tensor parallelism as DTensor placements: how each matrix is split, and what comes in and goes out.
@@ -363,14 +844,21 @@ def split_tensors(model: Transformer, mesh, sequence: bool) -> None:
     rows = styles.RowwiseParallel(output_layouts=between)
     rest = (None,) * 4
     for block in model.layers.values():
-        plan = {
-            "self_attn": styles.PrepareModuleInput(input_layouts=(between, *rest),
-                                                   desired_input_layouts=(whole, *rest)),
-            "mlp": styles.PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(whole,)),
-        }
+        plan = {"self_attn": styles.PrepareModuleInput(input_layouts=(between, *rest),
+                                                       desired_input_layouts=(whole, *rest))}
         plan |= {f"self_attn.{name}_proj": columns for name in "qkv"}
-        plan |= {f"mlp.{name}_proj": columns for name in ("gate", "up")}
-        plan |= {"self_attn.o_proj": rows, "mlp.down_proj": rows}
+        plan |= {"self_attn.o_proj": rows}
+        mlp, at = "mlp", between
+        if block.sparse:  # a router sees whole tokens; `split_experts` splits the rest
+            mlp, at = "mlp.shared_experts", whole
+            if sequence:
+                plan["mlp"] = styles.PrepareModuleInputOutput(
+                    input_layouts=(between,), desired_input_layouts=(whole,), use_local_input=True,
+                    output_layouts=(whole, None), desired_output_layouts=(between, None))
+        if not block.sparse or block.mlp.shared_experts is not None:
+            plan[mlp] = styles.PrepareModuleInput(input_layouts=(at,), desired_input_layouts=(whole,))
+            plan |= {f"{mlp}.{name}_proj": columns for name in ("gate", "up")}
+            plan[f"{mlp}.down_proj"] = styles.RowwiseParallel(output_layouts=at)
         if model.config.qk_norm:
             heads = styles.SequenceParallel(sequence_dim=2, use_local_output=True)
             plan |= {"self_attn.q_norm": heads, "self_attn.k_norm": heads}
@@ -378,48 +866,87 @@ def split_tensors(model: Transformer, mesh, sequence: bool) -> None:
             norm = styles.SequenceParallel(use_local_output=True)
             plan |= {"input_layernorm": norm, "post_attention_layernorm": norm}
         styles.parallelize_module(block, mesh, plan)
-    if sequence:
+    plan = {}
+    if hasattr(model, "embed_tokens"):
+        plan["embed_tokens"] = styles.RowwiseParallel(input_layouts=whole, output_layouts=between)  # part of ids
+    if model.last:
+        plan["lm_head"] = styles.ColwiseParallel(input_layouts=whole, use_local_output=False)
+    if sequence and model.last:
         styles.parallelize_module(model.norm, mesh, styles.SequenceParallel(use_local_output=False))
         gather = styles.PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=whole)
         styles.parallelize_module(model.norm, mesh, gather)
-    styles.parallelize_module(model, mesh, {
-        "embed_tokens": styles.RowwiseParallel(input_layouts=whole, output_layouts=between),  # part of ids
-        "lm_head": styles.ColwiseParallel(input_layouts=whole, use_local_output=False),
-    })
+    styles.parallelize_module(model, mesh, plan)
     model.tie_weights()
 
-def parallelize(config: Config, o, layout: Layout, mesh, device: torch.device):
+class Share(nn.Module):
+    """Show the stages of a rank as one model: their parameters under the names that they have in the whole."""
+
+    def __init__(self, stages: list[Stage]):
+        super().__init__()
+        self.config = stages[0].config
+        self.layers = nn.ModuleDict({i: block for stage in stages for i, block in stage.layers.items()})
+        for stage in stages:
+            for name, module in stage.named_children():
+                if name != "layers":
+                    self.add_module(name, module)
+        self.stages = nn.ModuleList(stages)  # last: a parameter is named where it comes by first
+
+def parallelize(config: Config, o, grid: Grid, device: torch.device):
     """Build a rank's shares of a model -> (model, the module to call).
 
-    The order: (1) tensor parallelism, since it decides what a rank's matrices are; (2) recomputation inside
-    of the rest, so that a block that is computed again also sends again; (3) compile one block at a time (not
-    where matrices are split); (4) data parallelism around the blocks: its gathers and hooks stay out of the
-    compiled code and can run ahead of it. Filled when it is sharded: one whole tensor at a time.
+    The order: (1) pipeline, context and tensor parallelism, since they decide what a rank's layers, tokens and
+    matrices are; (2) recomputation inside of the rest, so that a block that is computed again also sends again;
+    (3) compile one block at a time (not where matrices are split); (4) data parallelism around the blocks: its
+    gathers and hooks stay out of the compiled code and can run ahead of it. Filled when it is sharded: one
+    whole tensor at a time.
     """
-    with torch.device("meta"):
-        model = Transformer(config).train()
-    if layout.tp > 1:
-        split_tensors(model, mesh["tensor"], layout.sequence)
-    model.compute_dtype = pick_dtype(o.dtype, device)
-    model.recompute = o.recompute
-    if o.compile == "on":
-        model.compile_blocks()
-    if layout.uses_fsdp:
-        lower = None if model.compute_dtype == torch.float32 else model.compute_dtype
-        options = {
-            "mesh": mesh["replicate", "shard"] if layout.sizes[0] > 1 else mesh["shard"],
-            "reshard_after_forward": layout.zero == 3,
-            "mp_policy": MixedPrecisionPolicy(lower, torch.float32, cast_forward_inputs=False),  # fp32 sums
-        }
-        for block in model.layers.values():
-            fully_shard(block, **options)
-        fully_shard(model, **options)  # one group for what is left: embedding, last norm, output matrix
-    model.to_empty(device=device)
-    model.tie_weights()
-    model.init_weights(o.seed)
-    if layout.dp > 1 and not layout.uses_fsdp:
-        return model, DDP(model, process_group=mesh["replicate"].get_group(), init_sync=False)
+    layout = grid.layout
+    stages = []
+    for layers in deal_layers(config, layout.stages)[grid.stage :: layout.pp]:
+        with torch.device("meta"):
+            stages.append(Stage(config, layers).train())
+    for stage in stages:
+        shard_stage(stage, o, grid, device)
+    model = stages[0] if layout.pp == 1 else Share(stages)
+    for stage in stages:
+        stage.to_empty(device=device)
+        stage.tie_weights()
+        stage.init_weights(o.seed)
+    if layout.uses_ddp:
+        return model, DDP(model, process_group=grid.weights["replicate"].get_group(), init_sync=False)
     return model, model
+
+def shard_stage(stage: Stage, o, grid: Grid, device: torch.device) -> None:
+    """Put on a stage, still without memory, all that the layout asks for."""
+    layout = grid.layout
+    split_experts(stage, grid)
+    if layout.tp > 1:
+        split_tensors(stage, grid.weights["tensor"], layout.sequence)
+    if layout.cp > 1:
+        stage.context = grid.context, layout.cp
+        keys = ContextKeys(grid.context_group, stage.config.seq_len, layout.cp)
+        for block in stage.layers.values():
+            block.self_attn.register_forward_pre_hook(keys.hook)
+    stage.compute_dtype = pick_dtype(o.dtype, device)
+    stage.recompute = o.recompute
+    if o.compile == "on":
+        stage.compile_blocks()
+    if not layout.uses_fsdp:
+        return
+
+    def shard(module, mesh):
+        lower = None if stage.compute_dtype == torch.float32 else stage.compute_dtype
+        precision = MixedPrecisionPolicy(lower, torch.float32, cast_forward_inputs=False)  # fp32 sums
+        axes = mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
+        fully_shard(module, mesh=axes, reshard_after_forward=layout.zero == 3, mp_policy=precision)
+        module.set_gradient_divide_factor(1.0)  # sums, not means
+        module.set_force_sum_reduction_for_comms(True)
+
+    for block in stage.layers.values():
+        if layout.ep > 1 and block.sparse:
+            shard(block.mlp.experts, grid.experts)
+        shard(block, grid.weights)
+    shard(stage, grid.weights)  # one group for what is left: embedding, last norm, output matrix
 
 def local(tensor):
     """Give this rank's share of a tensor."""
@@ -440,30 +967,199 @@ def sync_gradients(forward: nn.Module, layout: Layout, last: bool):
         forward.set_reshard_after_backward(last or layout.zero == 3)
     return forward.no_sync() if isinstance(forward, DDP) and not last else contextlib.nullcontext()
 
-def sync_partial_gradients(parameters) -> None:
-    """Add up the gradients of norms that saw a part of the heads or of the sequence."""
-    for p in parameters:
+def finish_gradients(model: nn.Module, grid: Grid) -> None:
+    """Add up what is still to be, when the last micro-batch is done.
+
+    Gradients of norms that saw a part of the heads or of the sequence; of all weights, where neither DDP nor
+    fully_shard has; of a tied matrix, which the first stage of a pipeline reads and the last multiplies by.
+    """
+    layout = grid.layout
+    for p in model.parameters():
         if isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
             p.grad = p.grad.redistribute(placements=p.placements)
+    named = dict(model.named_parameters())
+    if layout.data > 1 and not (layout.uses_ddp or layout.uses_fsdp):
+        for _, some in itertools.groupby(named, key=lambda name: (name.split(".")[:2], ".experts." in name)):
+            some = list(some)  # a bucket: a layer, its experts, or what is outside of them
+            add_up([named[name].grad for name in some], grid.mesh(some[0])["replicate"].get_group())
+    for name in grid.tied:
+        if name in named:
+            add_up([named[name].grad], grid.ends)
+
+def add_up(grads: list, group) -> None:
+    """Add up gradients over a group of ranks, in one message."""
+    shares = [local(grad) for grad in grads]
+    flat = torch.cat([share.flatten() for share in shares])
+    dist.all_reduce(flat, group=group)
+    for share, whole in zip(shares, flat.split([share.numel() for share in shares]), strict=True):
+        share.copy_(whole.view_as(share))
 
 @torch.no_grad()
-def clip_gradients(parameters: list, limit: float, scale: float = 1.0):
+def clip_gradients(model: nn.Module, grid: Grid, limit: float, scale: float = 1.0):
     """Undo the loss scale of fp16 and clip the gradient's norm over all ranks to `limit` -> the norm.
 
     Each rank adds the squares of its shares, divided by how many ranks hold the same.
     """
-    total = 0.0
-    for p in parameters:
-        copies = dist.get_world_size()
-        if isinstance(p, DTensor):
-            cuts = [p.device_mesh.size(i) for i, x in enumerate(p.placements) if not x.is_replicate()]
-            copies //= math.prod(cuts)
-        total = total + local(p.grad).float().square().sum().double() / copies
+    total = torch.zeros((), dtype=torch.float64, device=grid.weights.device_type)
+    for name, p in model.named_parameters():
+        total += local(p.grad).float().square().sum().double() / grid.copies(name, p)
     norm = sum_over_ranks(total).sqrt() / scale
-    grads = [local(p.grad) for p in parameters]
+    grads = [local(p.grad) for p in model.parameters()]
     factor = torch.clamp(limit / (norm + 1e-6), max=1.0) / scale
     torch._foreach_mul_(grads, factor.to(grads[0]))
     return norm
+
+class RecordedStage(pipelining.PipelineStage):
+    """Be a stage that notes what the schedule has it do, in order: (F, B, I or W, stage, micro-batch)."""
+
+    actions: list  # of all stages of this rank
+
+    def forward_one_chunk(self, i, *args, **more):
+        self.actions.append(("F", self.stage_index, i))
+        return super().forward_one_chunk(i, *args, **more)
+
+    def backward_one_chunk(self, i, *args, full_backward=True, **more):
+        """Go back all the way (B), or to the stage's input only (I), so that the stage before can go on."""
+        self.actions.append(("B" if full_backward else "I", self.stage_index, i))
+        return super().backward_one_chunk(i, *args, full_backward=full_backward, **more)
+
+    def backward_weight_one_chunk(self, i, *args, **more):
+        self.actions.append(("W", self.stage_index, i))
+        return super().backward_weight_one_chunk(i, *args, **more)
+
+class Pipeline:
+    """Send micro-batches through the stages by a schedule of torch.distributed.pipelining."""
+
+    def __init__(self, share: Share, grid: Grid, m: int, device: torch.device):
+        layout = grid.layout
+        self.m, self.grid, self.share = m, grid, share
+        self.actions = []
+        stages = []
+        for i, stage in enumerate(share.stages):
+            index = grid.stage + i * layout.pp
+            stages.append(RecordedStage(stage, index, layout.stages, device, group=grid.pipe))
+            stages[-1].actions = self.actions
+        kind, each = SCHEDULES[layout.schedule]
+        at_once = 1 if layout.schedule == "naive" else m
+        self.schedule = kind(stages if each > 1 else stages[0], at_once, scale_grads=False,
+                             loss_fn=self.loss_of)
+        self.takes_ids = grid.stage == 0
+
+    def loss_of(self, output, y):
+        scaled, *part = self.objective(output, y)
+        self.parts.append(part)
+        return scaled
+
+    def step(self, micro_batches: list, objective) -> list:
+        """Add up the gradients of objective(output, targets)[0] -> the rest of it for each micro-batch."""
+        self.objective = objective
+        self.parts = []
+        self.actions.clear()
+        batches = [micro_batches] if self.schedule._n_microbatches > 1 else [[one] for one in micro_batches]
+        for some in batches:
+            x, y, documents = (None if parts[0] is None else torch.cat(parts) for parts in zip(*some, strict=True))
+            more = {"targets": y} if documents is None else {"targets": y, "documents": documents}
+            self.schedule.step(*[x] * self.takes_ids, target=y, return_outputs=False, **more)
+        return self.parts[-self.m :]  # (before its first step the engine tries what shapes there are)
+
+    @torch.no_grad()
+    def losses(self, x, y, documents):
+        """Compute the losses of one batch, stage by stage -> (B, T) on the last stage's ranks, zeros elsewhere."""
+        layout, ranks = self.grid.layout, self.grid.pipe_ranks
+        result = torch.zeros(y.shape, device=y.device)
+        for i in range(layout.stages):
+            before, here, after = (ranks[(i + step) % layout.pp] for step in (-1, 0, 1))
+            if here != dist.get_rank():
+                continue
+            stage = self.share.stages[i // layout.pp]
+            if i > 0:
+                x = torch.empty(self.hidden_shape(y), dtype=self.hidden_dtype(), device=y.device)
+                dist.recv(x, before, group=self.grid.pipe)
+            output, _ = stage(x, targets=y, documents=documents)
+            if i < layout.stages - 1:
+                dist.send(output.contiguous(), after, group=self.grid.pipe)
+            else:
+                result = output
+        return result
+
+    def hidden_shape(self, y) -> tuple:
+        """Give the shape of what passes between stages: (B, t, C), of a rank's part of the sequence."""
+        layout, config = self.grid.layout, self.share.config
+        return y.shape[0], y.shape[1] // layout.cp // (layout.tp if layout.sequence else 1), config.n_embd
+
+    def hidden_dtype(self) -> torch.dtype:
+        lower = self.share.stages[0].compute_dtype
+        return lower if self.grid.layout.uses_fsdp else torch.float32
+
+def place_actions(actions: list[list[tuple]]) -> list[list[tuple]]:
+    """Place what ranks do into time slots, each as early as its input is there -> a row of slots for each rank.
+
+    actions: of each rank in order, (kind, stage, micro-batch). F takes a slot, B two; I and W one each. A slot
+    is None where the rank waits.
+
+    >>> for row in place_actions([[("F", 0, 0), ("B", 0, 0)], [("F", 1, 0), ("B", 1, 0)]]):
+    ...     print(*("." if slot is None else slot[0] for slot in row))
+    F . . . B B
+    . F B B . .
+    """
+    last = max(stage for rank in actions for _, stage, _ in rank)
+    done = {}  # what is finished -> when
+    rows = [[] for _ in actions]
+    at = [0] * len(actions)
+    while any(i < len(mine) for i, mine in zip(at, actions, strict=True)):
+        before = list(at)
+        for rank, mine in enumerate(actions):
+            if at[rank] == len(mine):
+                continue
+            kind, stage, i = action = mine[at[rank]]
+            needs = {"F": [("F", stage - 1, i)] * (stage > 0), "W": []}.get(kind, [("B", stage + 1, i)] * (stage < last))
+            if not all(need in done for need in needs):
+                continue
+            start = max([len(rows[rank]), *(done[need] for need in needs)])
+            rows[rank] += [None] * (start - len(rows[rank])) + [action] * (2 if kind == "B" else 1)
+            done["B" if kind == "I" else kind, stage, i] = len(rows[rank])
+            at[rank] += 1
+        check(at != before, "The ranks wait for each other: this order of actions cannot be.")
+    end = max(map(len, rows))
+    return [row + [None] * (end - len(row)) for row in rows]
+
+def idle_share(rows: list[list]) -> float:
+    """Compute the share of all slots in which a rank waits."""
+    return sum(row.count(None) for row in rows) / sum(map(len, rows))
+
+def most_stored(actions: list[tuple]) -> int:
+    """Count the most micro-batches whose activations stood on a rank at one time."""
+    held = most = 0
+    split = any(kind == "W" for kind, _, _ in actions)
+    for kind, _, _ in actions:
+        held += (kind == "F") - (kind == ("W" if split else "B"))
+        most = max(most, held)
+    return most
+
+def show_schedule(pipeline: Pipeline) -> None:
+    """Draw what the ranks of the pipeline did in the last step: a row for each, time from left to right."""
+    from rich.text import Text
+
+    layout = pipeline.grid.layout
+    actions = [None] * layout.pp
+    dist.all_gather_object(actions, pipeline.actions, group=pipeline.grid.pipe)
+    rows = place_actions(actions)
+    colors = {"F": "black on cyan", "B": "black on green", "I": "black on green", "W": "black on yellow"}
+    say(f"{layout.schedule}: {pipeline.m} micro-batches on {layout.pp} ranks, in the order of this step. F forward, "
+        "B backward, I and W backward to the input and to the weights; capitals and small letters are a rank's "
+        "first and second stage")
+    for rank, row in enumerate(rows):
+        line = Text(f"rank {rank} ")
+        for slot in row:
+            if slot is None:
+                line.append("  . ")
+                continue
+            kind, stage, i = slot
+            line.append(f" {kind if stage < layout.pp else kind.lower()}{i:<2}", colors[kind])
+        console().print(line, soft_wrap=True)
+    say(f"Idle: {idle_share(rows):.1%} of the slots, {bubble(layout.schedule, layout.pp, pipeline.m):.1%} by formula. "
+        f"Micro-batches stored at most on each rank: {', '.join(str(most_stored(a)) for a in actions)}"
+        + (" (of a stage, two of which make a rank's share)." if layout.stages > layout.pp else "."))
 
 def assign_owners(sizes: dict[str, int], ranks: list[int]) -> list[dict[str, int]]:
     """Deal matrices out to ranks, the largest first, in turn -> rounds of {name: owner}.
@@ -486,36 +1182,50 @@ class ParallelOptimizer:
     sends out the new weights. The owners are among the ranks that share one copy of the weights.
     """
 
-    def __init__(self, model: Transformer, o, layout: Layout, mesh):
+    def __init__(self, model: nn.Module, o, grid: Grid):
+        layout = grid.layout
         self.params = dict(model.named_parameters())
-        self.group = dist.group.WORLD if layout.zero else mesh["tensor"].get_group()
+        self.grid = grid
         sizes = layer_matrices(model) if layout.owners > 1 else {}
-        self.rounds = assign_owners(sizes, dist.get_process_group_ranks(self.group))
+        self.rounds = []
+        for group in dict.fromkeys(map(grid.group_of_owners, sizes)):
+            own = {name: size for name, size in sizes.items() if grid.group_of_owners(name) == group}
+            self.rounds += assign_owners(own, dist.get_process_group_ranks(group))
         self.mine = {}
         for owned in self.rounds:
             for name, owner in owned.items():
                 whole = full(self.params[name].detach())
                 if owner == dist.get_rank():
                     self.mine[name] = nn.Parameter(whole.clone())
-        self.meshes = {1: mesh["replicate"], 2: mesh["replicate", "tensor"]}
         self.slices = {}
         for name, p in self.params.items():
-            # (an optimizer takes one kind only: beside DTensors a plain weight becomes one, all of it)
-            sliced = (layout.zero == 1 and layout.dp > 1) or (layout.tp > 1 and not isinstance(p, DTensor))
-            if sliced and name not in sizes:
-                self.slices[name] = nn.Parameter(self.cut_slice(p, p.detach()))
+            if layout.zero == 1 and layout.data > 1 and name not in sizes:
+                self.slices[name] = nn.Parameter(self.cut_slice(name, p.detach()))
         stand_ins = dict.fromkeys(sizes) | self.mine | self.slices
         self.inner = build_optimizer(model, o.optimizer, o.lr, o.weight_decay, stand_ins=stand_ins)
         self.set_lr = self.inner.set_lr
+        self.separate_meshes()
 
-    def cut_slice(self, p, tensor) -> DTensor:
-        """Cut this rank's slice for ZeRO-1 of a weight p, or of its gradient, along an axis that is whole."""
-        placements = [Shard(0)]
+    def separate_meshes(self) -> None:
+        """Let the fused AdamW see tensors of one mesh at a time, or plain ones: it takes no mixture."""
+        for part in self.inner.parts:
+            groups = []
+            for group in part.param_groups:
+                meshes = {}
+                for p in group["params"]:
+                    meshes.setdefault(getattr(p, "device_mesh", None), []).append(p)
+                groups += [group | {"params": some} for some in meshes.values()]
+            part.param_groups = groups
+
+    def cut_slice(self, name: str, tensor) -> DTensor:
+        """Cut this rank's slice for ZeRO-1 of a weight, or of its gradient, along an axis that is whole."""
+        p, axes, placements = self.params[name], ["replicate"], [Shard(0)]
         if isinstance(p, DTensor) and p.device_mesh.mesh_dim_names[-1] == "tensor":
             taken = p.placements[-1]
             if taken.is_shard():  # (a bias has no other axis: all of it)
+                axes = ["replicate", "tensor"]
                 placements = [Shard(1 - taken.dim) if p.dim() == 2 else Replicate(), taken]
-        mesh = self.meshes[len(placements)]
+        mesh = self.grid.mesh(name)[tuple(axes)]
         part = local(tensor)
         if placements[0].is_shard():
             dim = placements[0].dim
@@ -539,10 +1249,10 @@ class ParallelOptimizer:
                 p = self.params[name]
                 mine = self.mine.get(name)
                 whole = torch.empty(p.shape, device=p.device) if mine is None else mine.detach()
-                dist.broadcast(whole, owner, self.group)
+                dist.broadcast(whole, owner, self.grid.group_of_owners(name))
                 fill(p, whole)
         for name, part in self.slices.items():
-            part.grad = self.cut_slice(self.params[name], self.params[name].grad)
+            part.grad = self.cut_slice(name, self.params[name].grad)
         self.inner.step()
         for name, part in self.slices.items():
             whole = part.detach().redistribute(placements=[Replicate(), *part.placements[1:]])
@@ -567,7 +1277,53 @@ def state_of(optimizer) -> dict:
             found |= {f"{optimizer.names[p]}/{key}": value for key, value in state.items()}
     return found
 
+class CommunicationCounter(TorchDispatchMode):
+    """Count the collectives that run under it: {"phase/name": [how many, bytes of the whole tensors]}."""
+
+    NAMES = {"all_reduce": "all_reduce", "allreduce_": "all_reduce", "all_gather_into_tensor": "all_gather",
+             "_allgather_base_": "all_gather", "reduce_scatter_tensor": "reduce_scatter",
+             "_reduce_scatter_base_": "reduce_scatter", "broadcast_": "broadcast", "send": "send",
+             "alltoall_base_": "all_to_all"}
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+        self.phase = "step"
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(t is DTensor for t in types):
+            return NotImplemented  # its local form comes by in a moment
+        result = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional") and func._opname in self.NAMES:
+            name = self.NAMES[func._opname]
+            leaves = torch.utils._pytree.tree_leaves(args[1] if name == "all_to_all" else (args, result))
+            tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
+            if name == "all_to_all" and not tensors[0].is_floating_point():
+                return result  # how many rows will come
+            entry = self.counts.setdefault(f"{self.phase}/{name}", [0, 0])
+            entry[0] += 1
+            entry[1] += max(t.nbytes for t in tensors)
+        return result
+
+def show_communication(sent: CommunicationCounter, formulas: list[tuple]) -> None:
+    """Print what a step has sent, the mean of all ranks, beside the formulas."""
+    planned = {}
+    for name, axis, size in formulas:
+        planned.setdefault(name, []).append((axis, size))
+    say("A step sends (mean of the ranks; bytes of whole tensors), and by formula:")
+    for name in dict.fromkeys(CommunicationCounter.NAMES.values()):
+        bytes_sent = sum(entry[1] for key, entry in sent.counts.items() if key.endswith(f"/{name}"))
+        mean = float(sum_over_ranks(torch.tensor(float(bytes_sent)))) / dist.get_world_size()
+        parts = planned.get(name, [])
+        axes = ", ".join(dict.fromkeys(axis for axis, _ in parts))
+        if mean or parts:
+            say(f"  {name:14} {mean / 1e6:12.3f} MB   {sum(size for _, size in parts) / 1e6:12.3f} MB  {axes}")
+
 # ---- Checkpoints: sharded and in the background while it runs, whole at the end ----------------------------
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """Give the precision of a rank's products."""
+    return (model if isinstance(model, Stage) else model.stages[0]).compute_dtype
 
 def named_weights(model: Transformer) -> dict:
     """Name the parameters, and the routers' bias."""
@@ -692,12 +1448,22 @@ def join_shards(folder: Path) -> None:
 class Options(TrainOptions):
     """Hold the options of this command: what any pretraining is told, and the layout of the processes."""
 
-    changeable = TrainOptions.changeable | {"dp", "tp", "zero", "replicate", "sequence_parallel", "timeout"}
+    changeable = TrainOptions.changeable | {
+        "dp", "tp", "zero", "replicate", "sequence_parallel", "timeout", "pp", "pp_schedule", "cp", "ep",
+        "show_schedule", "count_communication"}
     dp: Annotated[int | None, opt("Layout", "Data-parallel ranks: all that --tp leaves.", low=1)] = None
     tp: Annotated[int, opt("Layout", "Tensor-parallel ranks, on one node: each matrix is split.", low=1)] = 1
     zero: Annotated[int, opt("Layout", "Sharded: 1 the optimizer, 2 gradients too, 3 all.", low=0)] = 0
     replicate: Annotated[int, opt("Layout", "Groups of ranks that each hold all shards.", low=1)] = 1
     sequence_parallel: Annotated[bool, opt("Layout", "With --tp: split norms along the sequence.")] = False
+    pp: Annotated[int, opt("Layout", "Pipeline: ranks that have different layers.", low=1)] = 1
+    pp_schedule: Annotated[str, opt("Layout", f"Of a pipeline: {', '.join(SCHEDULES)}.",
+                                    one_of=SCHEDULES)] = "1f1b"
+    cp: Annotated[int, opt("Layout", "Ranks that have different parts of a sequence.", low=1)] = 1
+    ep: Annotated[int, opt("Layout", "Ranks that have different experts, among those of --dp.", low=1)] = 1
+    show_schedule: Annotated[bool, opt("Run", "Draw what each rank of a pipeline did.", "--show-schedule")] = False
+    count_communication: Annotated[bool, opt("Run", "Print what the first step sends, and the formulas.",
+                                             "--count-communication")] = False
     timeout: Annotated[float, opt("Layout", "Seconds until a silent rank counts as dead.", above=0)] = 600.0
 
     def __post_init__(self):
@@ -706,8 +1472,9 @@ class Options(TrainOptions):
         self.set = [item for item in self.set if not item.startswith(("eval_tokens", "doc_mask"))]
 
     def layout(self, world: int) -> Layout:
-        dp = self.dp or max(1, world // self.tp)
-        return Layout(dp, self.tp, self.zero, self.replicate, self.sequence_parallel, self.optimizer)
+        dp = self.dp or max(1, world // (self.pp * self.cp * self.tp))
+        return Layout(dp, self.tp, self.zero, self.replicate, self.sequence_parallel, self.optimizer,
+                      self.pp, self.cp, self.ep, self.pp_schedule)
 
 def join_processes(device: str, timeout: float) -> Ranks:
     """Join torchrun's group; without torchrun, a group of one, so that nothing below has to ask."""
@@ -729,38 +1496,52 @@ def join_processes(device: str, timeout: float) -> Ranks:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     return ranks
 
-def open_model(o: Options, config: Config, layout: Layout, ranks: Ranks):
-    """Build a rank's shares -> (model, module to call, optimizer): new, of --init, or as a run left them."""
-    mesh = dist.init_device_mesh(ranks.device.type, layout.sizes, mesh_dim_names=AXES)
-    model, forward = parallelize(config, o, layout, mesh, ranks.device)
+def open_model(o: Options, config: Config, layout: Layout, ranks: Ranks, m: int):
+    """Build a rank's shares -> (grid, model, module to call, optimizer): new, of --init, or as a run left them."""
+    grid = Grid(layout, config, ranks.device.type)
+    model, forward = parallelize(config, o, grid, ranks.device)
+    if layout.pp > 1:
+        forward = Pipeline(model, grid, m, ranks.device)
     weights = named_weights(model)
     sharded = o.resume and has_shards(o.resume)
     if sharded:
         load_shards(o.resume, {hf_name(n, config): p for n, p in weights.items()})
     elif o.resume or o.init:
         load_whole(o.resume or o.init, weights, load_model(o.resume or o.init).state_dict())
-    optimizer = ParallelOptimizer(model, o, layout, mesh)
+    optimizer = ParallelOptimizer(model, o, grid)
     if sharded:
         load_shards(o.resume, state_of(optimizer.inner))
     elif o.resume and (held := load_state(o.resume)[0]):  # before its first step train.py has none
         load_whole(o.resume, state_of(optimizer.inner), held)
-    return model, forward, optimizer
+    return grid, model, forward, optimizer
 
-def gradients_of_step(forward, micro_batches: list, targets, windows: int, layout: Layout, scale=1.0):
+def gradients_of_step(forward, model, grid: Grid, micro_batches: list, targets, windows: int, scale=1.0):
     """Add up the gradients of a step of so many targets and windows -> this rank's part of (loss, aux)."""
-    loss = aux = torch.zeros((), device=targets.device)
-    for i, (x, y, documents) in enumerate(micro_batches):
-        last = i == len(micro_batches) - 1
-        with sync_gradients(forward, layout, last), split_vocabulary(layout):
-            losses, layers = forward(x, y, doc_ids=documents)
-            losses = full(losses)  # (B, T): nats of each token
-            layers = layers * (len(x) / windows)  # (L, ..): what each layer adds, means over sequences
-            part = losses.sum() / targets + layers[:, 0].sum()
-            (part * (scale * layout.dp)).backward()  # DDP and fully_shard divide by dp: undo that
-        loss = loss + losses.detach().sum() / targets
-        aux = aux + layers.detach()
-    sync_partial_gradients(forward.parameters())
-    return loss, aux
+    layout, config = grid.layout, model.config
+    scale *= layout.data if layout.uses_ddp else 1  # DDP divides by it
+
+    def objective(output, y):
+        """Weigh a micro-batch's losses (B, T) and (L, ..), what each layer adds, means over sequences."""
+        losses, layers = output
+        loss = full(losses).sum() / targets
+        aux = layers * (len(y) / windows / layout.cp)
+        return (loss + aux[:, 0].sum()) * scale, loss.detach(), aux.detach()
+
+    parts = []
+    with split_vocabulary(layout):
+        if layout.pp > 1:
+            parts = forward.step(micro_batches, objective)
+        else:
+            for i, (x, y, documents) in enumerate(micro_batches):
+                with sync_gradients(forward, layout, i == len(micro_batches) - 1):
+                    scaled, *part = objective(forward(x, targets=y, documents=documents), y)
+                    scaled.backward()
+                parts.append(part)
+    finish_gradients(model, grid)
+    if not parts:  # only the last stage of a pipeline knows
+        columns = len(AUX) + config.n_expert if config.n_expert else 1
+        parts = [(torch.zeros_like(targets), torch.zeros(config.n_layer, columns, device=targets.device))]
+    return tuple(sum(some) for some in zip(*parts, strict=True))
 
 def after_restart(o: Options) -> Options:
     """Go on with the run in --out where torchrun has started all ranks again, because one had died."""
@@ -788,17 +1569,23 @@ def train(o: Options) -> dict:
     check(config.causal, f"{o.resume or o.init} is a masked model: use train.py, alone or under torchrun.")
     layout = o.layout(ranks.world)
     check_layout(layout, ranks.world, config)
+    windows = o.tokens_per_step // config.seq_len
+    if o.micro_batch is None and layout.pp > 1:
+        o.micro_batch = default_micro_batch(layout, windows)
     derive(o, config, layout.dp, ranks.device)
-    if layout.tp > 1 and o.compile == "on":  # DTensor's redistribution has no compiled backward pass in 2.13
-        say("torch.compile does not go with tensor parallelism here; going on without it.")
-        o.compile = "off"
-    say(f"{count_params(config)[0] / 1e6:.1f}M parameters on {ranks.world} processes (dp {layout.dp} x tp "
-        f"{layout.tp}, ZeRO-{layout.zero}), {o.optimizer}, {o.dtype} on {ranks.device}; {o.max_steps} steps")
+    m = check_micro_batches(layout, windows, o.micro_batch, config.n_layer)
+    check(not o.show_schedule or layout.pp > 1, "--show-schedule draws a pipeline: it needs --pp above 1.")
+    for others, why in UNCOMPILED.items():  # neither has a compiled backward pass in 2.13
+        if o.compile == "on" and others(layout):
+            say(f"torch.compile does not go with {why} here; going on without it.")
+            o.compile = "off"
+    say(f"{count_params(config)[0] / 1e6:.1f}M parameters on {ranks.world} processes ({layout.describe(m)}), "
+        f"{o.optimizer}, {o.dtype} on {ranks.device}; {o.max_steps} steps")
 
     # 2. What a step needs, and what surrounds it
-    model, forward, optimizer = open_model(o, config, layout, ranks)
-    part = ranks.rank // layout.tp  # ranks that split one model read the same tokens
-    batches = Batches(sources, weights, o, config.seq_len, ranks.device, part, layout.dp, saved.get("taken"))
+    grid, model, forward, optimizer = open_model(o, config, layout, ranks, m)
+    # ranks that split one model read the same tokens
+    batches = Batches(sources, weights, o, config.seq_len, ranks.device, grid.data, layout.dp, saved.get("taken"))
     tokenizer = Path(o.resume or o.init or sources[0].folder, "tokenizer.json")  # its folder's template too
     saver = Saver(o.out, model, optimizer, tokenizer)
     moe = load_moe() if config.n_expert else None
@@ -813,20 +1600,30 @@ def train(o: Options) -> dict:
             join_shards(folder)
 
     # 3. The steps
-    measure = functools.partial(assess, o, layout, model, val, weights)
+    measure = functools.partial(assess, o, grid, model, forward, val, weights)
     run = Run(o, ranks, save, measure, saved, flops_per_token(config))
     with finish_or_explain(saver, ranks):
         for step, lr in run.steps():
             micro_batches, targets, windows = batches.at(step)
-            targets = targets / layout.tp
-            torch.manual_seed(seed_of(o.seed, step, part))  # of dropout
-            loss, aux = gradients_of_step(forward, micro_batches, targets, windows, layout, run.scale)
-            grad_norm = clip_gradients(list(model.parameters()), o.grad_clip, run.scale)
+            targets = targets / layout.split
+            torch.manual_seed(seed_of(o.seed, step, grid.data))  # of dropout
+            first = step == saved.get("at", 0)
+            with CommunicationCounter() if first and o.count_communication else contextlib.nullcontext() as sent:
+                loss, aux = gradients_of_step(forward, model, grid, micro_batches, targets, windows, run.scale)
+            if first and o.show_schedule:
+                show_schedule(forward)
+            grad_norm = clip_gradients(model, grid, o.grad_clip, run.scale)
             loss, aux = sum_over_ranks(loss / layout.tp), sum_over_ranks(aux / layout.tp)
             routing = moe.routing_record(aux, config) if moe else {}
             tokens = windows * config.seq_len
-            if run.update(optimizer, lr, loss=loss, grad_norm=grad_norm, tokens=tokens, **routing) and moe:
+            with sent if sent else contextlib.nullcontext():
+                updated = run.update(optimizer, lr, loss=loss, grad_norm=grad_norm, tokens=tokens, **routing)
+            if updated and moe:
                 moe.shift_bias(model, aux)
+            if sent:
+                B, T = micro_batches[0][0].shape
+                costs = layout, o.recompute, model_dtype(model).itemsize, m
+                show_communication(sent, communication(config, B * T // layout.cp, *costs))
             saver.finish(wait=False)
     say(f"Done: {o.out} opens in transformers, and train.py --resume goes on with it "
         f"({time.perf_counter() - START:.1f} s, {run.eval_seconds:.1f} of them evaluation).")
@@ -847,16 +1644,22 @@ def finish_or_explain(saver: Saver, ranks: Ranks):
         raise UserError(f"Rank {ranks.rank} lost the others ({str(error)[:120]!r}): --resume {saver.folder} "
                         "goes on, torchrun --max-restarts by itself.") from None
 
-def assess(o: Options, layout: Layout, model: Transformer, val: list[Tokens], weights, last: bool) -> dict:
+def assess(o: Options, grid: Grid, model, forward, val: list[Tokens], weights, last: bool) -> dict:
     """Evaluate on the validation text; ranks that split one model read the same part of it."""
+    layout = grid.layout
 
-    def forward(x, y, documents):
+    def losses(x, y, documents):
+        """Compute (B, T): sums over the ranks that read the same are those of one process, times their number."""
         with split_vocabulary(layout):
-            return full(model(x, y, doc_ids=documents)[0])
+            if layout.pp > 1:
+                found = full(forward.losses(x, y, documents)) * layout.pp
+            else:
+                found = full(model(x, targets=y, documents=documents)[0])
+        return found * layout.cp
 
     def one(tokens: Tokens) -> dict:
         return evaluate(model, tokens, model.config.seq_len, o.micro_batch, None if last else o.eval_tokens,
-                        forward=forward, share=(dist.get_rank() // layout.tp, layout.dp), doc_mask=o.doc_mask)
+                        forward=losses, share=(grid.data, layout.dp), doc_mask=o.doc_mask)
 
     result = evaluate_mixture(one, val, weights)
     for module in (m for m in model.modules() if isinstance(m, FSDPModule)):

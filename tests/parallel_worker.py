@@ -22,7 +22,6 @@ import torch.distributed as dist
 from bench import LiveBytes
 from parallel import Options, full, local
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 LAYOUTS = {
     4: {
@@ -38,8 +37,47 @@ LAYOUTS = {
         "zero-2 x tp 2, sequence": {"tp": 2, "zero": 2, "sequence_parallel": True},
         "replicate x shard": {"zero": 3, "replicate": 2},
     },
-    8: {"replicate x shard x tp": {"tp": 2, "zero": 3, "replicate": 2}},
+    8: {
+        "replicate x shard x tp": {"tp": 2, "zero": 3, "replicate": 2},
+        "dp 2 x pp 2 x tp 2": {"pp": 2, "tp": 2},
+        "pp 2 x cp 2 x tp 2": {"pp": 2, "cp": 2, "tp": 2},
+        "zero-2 x dp 2 x pp 2 x tp 2, sequence": {"pp": 2, "tp": 2, "zero": 2, "sequence_parallel": True},
+        "zero-1 x dp 2 x pp 2 x cp 2": {"pp": 2, "cp": 2, "zero": 1},
+    },
 }
+PIPELINES = {f"pp 4, {name}": {"pp": 4, "pp_schedule": name} for name in parallel.SCHEDULES}
+PIPELINES |= {f"dp 2 x pp 2, {name}": {"pp": 2, "pp_schedule": name} for name in parallel.SCHEDULES}
+PIPELINES |= {
+    "zero-1 x pp 2": {"pp": 2, "zero": 1},
+    "zero-2 x pp 2": {"pp": 2, "zero": 2},
+    "zero-2 x pp 2, interleaved": {"pp": 2, "zero": 2, "pp_schedule": "interleaved"},
+    "zero-2 x pp 2, zero-bubble": {"pp": 2, "zero": 2, "pp_schedule": "zero-bubble"},
+    "tp 2 x pp 2": {"pp": 2, "tp": 2},
+    "tp 2 x pp 2, sequence": {"pp": 2, "tp": 2, "sequence_parallel": True},
+}
+CONTEXTS = {
+    "cp 4": {"cp": 4},
+    "dp 2 x cp 2": {"cp": 2},
+    "zero-3 x cp 2": {"cp": 2, "zero": 3},
+    "zero-1 x cp 2": {"cp": 2, "zero": 1},
+    "pp 2 x cp 2": {"cp": 2, "pp": 2},
+    "cp 2 x tp 2": {"cp": 2, "tp": 2},
+}
+SPLIT_EXPERTS = {
+    "ep 4": {"ep": 4},
+    "ep 2": {"ep": 2},
+    "zero-1 x ep 2": {"ep": 2, "zero": 1},
+    "zero-2 x ep 2": {"ep": 2, "zero": 2},
+    "zero-3 x ep 2": {"ep": 2, "zero": 3},
+    "zero-3 x ep 4": {"ep": 4, "zero": 3},
+    "tp 4": {"tp": 4},
+    "zero-3 x tp 2": {"tp": 2, "zero": 3},
+    "ep 2 x tp 2": {"ep": 2, "tp": 2},
+    "ep 2 x pp 2": {"ep": 2, "pp": 2},
+    "tp 2 x pp 2": {"tp": 2, "pp": 2},
+    "tp 4, sequence": {"tp": 4, "sequence_parallel": True},
+}
+LAYOUTS[4] |= PIPELINES | CONTEXTS | SPLIT_EXPERTS
 SHORT = {"muon": ("zero-3", "zero-1 x tp 2"),
          "adamw": ("ddp", "zero-1", "zero-2", "zero-3 x tp 2", "tp 4, sequence", "replicate x shard")}
 LONG = {"muon": tuple(LAYOUTS[4]), "adamw": tuple(LAYOUTS[4]), "experts, muon": ("ddp", "zero-1", "zero-3"),
@@ -47,13 +85,28 @@ LONG = {"muon": tuple(LAYOUTS[4]), "adamw": tuple(LAYOUTS[4]), "experts, muon": 
         "adamw, accumulate": ("ddp", "zero-2", "zero-3 x tp 2")}
 EIGHT = {"muon": tuple(LAYOUTS[8]), "adamw": tuple(LAYOUTS[8])}
 
+# Sixteen micro-batches a step on four ranks of data; stages need layers.
+DEEP = {"n_layer": 8, "micro_batch": 1, "optimizer": "adamw"}
+PP = {"deep": tuple(PIPELINES), "deep, muon": ("pp 4, 1f1b", "zero-1 x pp 2", "zero-2 x pp 2", "tp 2 x pp 2")}
+
+CP = {"adamw, accumulate": tuple(CONTEXTS), "muon": ("dp 2 x cp 2", "zero-3 x cp 2"), "windows, documents": ("cp 4", "pp 2 x cp 2"),
+      "experts, context": ("dp 2 x cp 2", "pp 2 x cp 2")}
+EP = {"experts, accumulate": tuple(SPLIT_EXPERTS), "experts, muon": ("ep 2", "zero-1 x ep 2", "zero-3 x ep 2", "tp 4", "ep 2 x tp 2"),
+      "experts, adamw": ("ep 4", "zero-3 x ep 2", "tp 4", "ep 2 x pp 2")}
+
 EXPERTS = ["n_expert=4", "z_loss=0.001", "capacity=1.25", "balance_rate=0.01"]
 # Muon's rate is small: Newton-Schulz runs in bf16, where float noise in a gradient becomes 2^-8 of an update
 CASES = {
+    "deep": DEEP,
+    "deep, muon": DEEP | {"optimizer": "muon", "lr": 3e-4, "n_layer": 4},
+    "windows, documents": {"optimizer": "adamw", "micro_batch": 4, "doc_mask": True, "set": ["window=12"]},
+    "experts, context": {"optimizer": "adamw", "micro_batch": 4,
+                         "set": ["n_expert=4", "balance=bias", "router=sigmoid", "router_bias=true"]},
     "muon": {"lr": 3e-4},
     "adamw": {"optimizer": "adamw"},
     "adamw, accumulate": {"optimizer": "adamw", "micro_batch": 2, "recompute": True},
     "experts, muon": {"lr": 3e-4, "set": EXPERTS},
+    "experts, accumulate": {"optimizer": "adamw", "micro_batch": 2, "set": EXPERTS},
     "experts, adamw": {"optimizer": "adamw", "micro_batch": 2, "recompute": True,
                        "set": [*EXPERTS, "balance=bias", "router=sigmoid", "n_expert_shared=1"]},
 }
@@ -86,13 +139,18 @@ def relative(a, b):
     return float((a - b).norm() / b.norm().clamp(min=1e-12))
 
 
+def micro_batches_of(o, layout):
+    """Count a rank's micro-batches, as parallel.train does."""
+    return parallel.check_micro_batches(layout, o.tokens_per_step // o.seq_len, o.micro_batch, o.n_layer)
+
+
 def one_process(o):
     """Take the steps as plainly as can be, by one process -> losses, first gradient, weights."""
     sources, _, weights = open_data(o.data)
     config = make_config(o, sources[0])
     model = Transformer(config).init_weights(o.seed).train()
     optimizer = build_optimizer(model, o.optimizer, o.lr, o.weight_decay)
-    losses, first = [], {}
+    losses, first, norms = [], {}, []
     taken = [0]
     for step in range(o.max_steps):
         batch = Batches(sources, weights, o, config.seq_len, torch.device("cpu"), taken=taken)
@@ -102,39 +160,44 @@ def one_process(o):
         loss = each.sum() / (y != IGNORE).sum()
         (loss + aux[:, 0].sum()).backward()
         first = first or {n: p.grad.clone() for n, p in model.named_parameters()}
-        torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)))
         optimizer.set_lr(o.lr)
         optimizer.step()
         if config.n_expert:
             load_moe().shift_bias(model, aux)
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses, first, parallel.named_weights(model)
+    return losses, first, parallel.named_weights(model), norms
 
 
 def open_layout(o):
-    """Join the group and build this rank's part of a run -> config, layout, model, what to call, optimizer, data."""
+    """Join the group and build this rank's part of a run -> what parallel.open_model gives, and the data."""
     ranks = parallel.join_processes("cpu", 60)
     sources, _, weights = open_data(o.data)
     config = make_config(o, sources[0])
     layout = o.layout(ranks.world)
-    made = parallel.open_model(o, config, layout, ranks)
-    batches = Batches(sources, weights, o, config.seq_len, ranks.device, ranks.rank // layout.tp, layout.dp)
-    return config, layout, *made, batches
+    parallel.check_layout(layout, ranks.world, config)
+    made = parallel.open_model(o, config, layout, ranks, micro_batches_of(o, layout))
+    batches = Batches(sources, weights, o, config.seq_len, ranks.device, made[0].data, layout.dp)
+    return *made, batches
 
 
 def compare(o, reference):
     """Take the same steps on this layout -> how far losses, first gradient and last weights are off."""
-    losses, first, last = reference
-    config, layout, model, forward, optimizer, batches = open_layout(o)
+    losses, first, last, _ = reference
+    norms = []
+    grid, model, forward, optimizer, batches = open_layout(o)
+    config, layout = model.config, grid.layout
     named = dict(model.named_parameters())
-    share = sum(local(p).numel() for p in named.values()) / sum(last[n].numel() for n in named)
+    share = sum(local(p).numel() for p in named.values()) / sum(p.numel() for p in last.values())
     seen, gradients = [], {}
     for step in range(o.max_steps):
         micro_batches, targets, windows = batches.at(step)
-        loss, aux = parallel.gradients_of_step(forward, micro_batches, targets / layout.tp, windows, layout)
+        targets = targets / layout.split
+        loss, aux = parallel.gradients_of_step(forward, model, grid, micro_batches, targets, windows)
         gradients = gradients or {n: relative(full(p.grad), first[n]) for n, p in named.items()}
-        parallel.clip_gradients(list(named.values()), o.grad_clip)
+        norm = parallel.clip_gradients(model, grid, o.grad_clip)
+        norms.append(abs(float(norm) - reference[3][step]) / reference[3][step])
         optimizer.set_lr(o.lr)
         optimizer.step()
         optimizer.zero_grad()
@@ -143,13 +206,15 @@ def compare(o, reference):
         if config.n_expert:
             load_moe().shift_bias(model, aux / layout.tp)
         seen.append(float(loss) / layout.tp)
-    return {
+    worst = {
         "loss": max(abs(a - b) for a, b in zip(seen, losses, strict=True)),
         "gradient": max(gradients.values()),
-        "worst": max(gradients, key=gradients.get),
+        "norm": max(norms),
         "weights": max(relative(full(p), last[n]) for n, p in parallel.named_weights(model).items()),
-        "share": share,
     }
+    found = torch.tensor(list(worst.values()))
+    dist.all_reduce(found, dist.ReduceOp.MAX)  # a rank of a pipeline has its own layers only
+    return dict(zip(worst, found.tolist(), strict=True)) | {"share": share}
 
 
 def layouts(data, which):
@@ -161,34 +226,6 @@ def layouts(data, which):
             o = options(data, **CASES[case], **LAYOUTS[dist.get_world_size()][name])
             results[f"{name}, {case}"] = compare(o, reference)
     return results
-
-
-class Counter(TorchDispatchMode):
-    """Count the collectives that run under it: {"phase/name": [how many, bytes of the whole tensors]}."""
-
-    NAMES = {"all_reduce": "all_reduce", "allreduce_": "all_reduce", "all_gather_into_tensor": "all_gather",
-             "_allgather_base_": "all_gather", "reduce_scatter_tensor": "reduce_scatter",
-             "_reduce_scatter_base_": "reduce_scatter", "broadcast_": "broadcast"}
-
-    def __init__(self):
-        super().__init__()
-        self.counts = {}
-        self.phase = "step"
-
-    def enter(self, phase):
-        """Make a module's hook from which on what is sent belongs to this phase."""
-        return lambda *_: setattr(self, "phase", phase)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(t is DTensor for t in types):
-            return NotImplemented  # its local form comes by in a moment
-        result = func(*args, **(kwargs or {}))
-        if func.namespace in ("c10d", "_c10d_functional") and func._opname in self.NAMES:
-            leaves = torch.utils._pytree.tree_leaves((args, result))
-            entry = self.counts.setdefault(f"{self.phase}/{self.NAMES[func._opname]}", [0, 0])
-            entry[0] += 1
-            entry[1] += max(t.nbytes for t in leaves if isinstance(t, torch.Tensor))
-        return result
 
 
 class Live(LiveBytes):
@@ -211,7 +248,8 @@ def counts(data):
 
 def count_step(o):
     """Take one step -> {"sent": {"phase/name": [count, bytes]}, "memory": ..., and both as formulas}."""
-    config, layout, model, forward, optimizer, batches = open_layout(o)
+    grid, model, forward, optimizer, batches = open_layout(o)
+    config, layout = model.config, grid.layout
     micro_batches, targets, windows = batches.at(0)
     memory = {"parameters": sum(local(p).nbytes for p in model.parameters())}
 
@@ -220,12 +258,18 @@ def count_step(o):
                  and not (isinstance(p, DTensor) and "shard" in p.device_mesh.mesh_dim_names)]
         memory["gathered"] = sum(local(p).nbytes for p in whole)
 
-    counter = Counter()
-    model.layers[str(config.n_layer - 1)].mlp.register_forward_pre_hook(measure_gathered)
-    forward.register_forward_pre_hook(counter.enter("forward"), prepend=True)  # before fully_shard's own
-    forward.register_forward_hook(counter.enter("backward"))
+    counter = parallel.CommunicationCounter()
+
+    def enter(phase):
+        """Make a module's hook from which on what is sent belongs to this phase."""
+        return lambda *_: setattr(counter, "phase", phase)
+
+    list(model.layers.values())[-1].mlp.register_forward_pre_hook(measure_gathered)
+    if layout.pp == 1:
+        forward.register_forward_pre_hook(enter("forward"), prepend=True)  # before fully_shard's own
+        forward.register_forward_hook(enter("backward"))
     with counter:
-        parallel.gradients_of_step(forward, micro_batches, targets / layout.tp, windows, layout)
+        parallel.gradients_of_step(forward, model, grid, micro_batches, targets / layout.split, windows)
         counter.phase = "step"
         memory["gradients"] = sum(local(p.grad).nbytes for p in model.parameters())
         known = [*model.parameters(), *(p.grad for p in model.parameters()), *optimizer.mine.values()]
@@ -350,7 +394,7 @@ def zero_by_hand():
     shards = [w.chunk(world)[rank].clone().requires_grad_() for w in start]
     states = [(torch.zeros(P // world), torch.zeros(P // world)) for _ in shards]
     for i, batch in enumerate(batches):
-        with Counter() as counter:
+        with parallel.CommunicationCounter() as counter:
             parallel.zero3_forward([layer] * 3, shards, batch[rank]).square().sum().backward()
         for shard, (m, v) in zip(shards, states, strict=True):
             with torch.no_grad():
@@ -365,7 +409,8 @@ def main(data, out, *jobs):
     parallel.join_processes("cpu", 60)
     work = {"ideas": ideas, "counts": counts, "short": lambda data: layouts(data, SHORT),
             "long": lambda data: layouts(data, LONG), "eight": lambda data: layouts(data, EIGHT),
-            "stopped": lambda data: stopped(data, out)}
+            "stopped": lambda data: stopped(data, out), "pipelines": lambda data: layouts(data, PP),
+            "contexts": lambda data: layouts(data, CP), "experts": lambda data: layouts(data, EP)}
     results = {job: work[job](data) for job in jobs}
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(results))
