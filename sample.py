@@ -604,10 +604,6 @@ class RowCache(Cache):
     def rewind(self, n: int) -> None:
         """Forget all but the first n tokens: nothing to do, as later ones are written over."""
 
-# A row's product reads its input once for each of the N rows of a matrix: the input has to stand in memory,
-# and not be computed there anew.
-COMPILER = {"realize_opcount_threshold": 1, "realize_reads_threshold": 1}
-
 class Step:
     """Read the next tokens of some rows, ids (B, T) at positions (B, T) -> logits (B, T, V), float32.
 
@@ -618,7 +614,7 @@ class Step:
     def __init__(self, model, compiled: bool):
         self.model = model
         self.compiled = compiled
-        self.run = torch.compile(self.forward, options=COMPILER) if compiled else self.forward
+        self.run = torch.compile(self.forward) if compiled else self.forward
         self.is_cuda = next(model.parameters()).is_cuda
         self.graphs = {}
 
