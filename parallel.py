@@ -386,8 +386,7 @@ UNCOMPILED = {
 }
 
 # Fields of Config that the plan of `split_tensors` does not know.
-WHOLE = ("position", "norm", "norm_plus_one", "post_norm", "parallel_block", "gated", "o_bias", "mlp_bias",
-         "head_bias", "scale_embedding", "kv_rank")
+WHOLE = ("parallel_block", "head_bias", "kv_rank")
 
 def misfits(layout: Layout, world: int, config: Config) -> list[str]:
     """Say what does not divide, the first reason first; nothing where the layout can be."""
@@ -440,6 +439,8 @@ def check_layout(layout: Layout, world: int, config: Config) -> None:
     check(layout.dp % layout.replicate == 0 and (layout.replicate == 1 or zero >= 2),
           f"--replicate {layout.replicate} has to divide --dp {layout.dp}, and needs --zero 2 or 3.")
     check(layout.replicate == 1 or layout.ep == 1, "--replicate and --ep do not go together: leave one out.")
+    plain = not config.post_norm and config.position != "learned"
+    check(not layout.sequence or plain, "--sequence-parallel knows no learned places and no norms after a block.")
     check(not layout.sequence or (tp > 1 and config.seq_len // cp % tp == 0),
           f"--sequence-parallel needs --tp above 1 that divides the context of {config.seq_len // cp}.")
     check(pp == 1 or zero < 3, "--zero 3 would gather a stage for each micro-batch of a pipeline: use --zero 2.")
@@ -454,7 +455,7 @@ def default_micro_batch(layout: Layout, windows: int) -> int:
     able = [n for n in range(1, mine + 1) if mine % n == 0 and n % layout.pp == 0 and n <= 4 * layout.pp]
     return mine // max(able, default=1)
 
-def check_micro_batches(layout: Layout, windows: int, micro_batch: int, n_layer: int) -> int:
+def check_micro_batches(layout: Layout, windows: int, micro_batch: int) -> int:
     """Count the micro-batches of a rank's windows -> m; refuse what the schedule cannot do, name what it can."""
     m, rest = divmod(windows // layout.dp, micro_batch)
     if layout.pp == 1:
@@ -470,6 +471,7 @@ def check_micro_batches(layout: Layout, windows: int, micro_batch: int, n_layer:
           f"stages does not take; the nearest that it takes is --micro-batch {windows // layout.dp // near}.")
     return m
 
+@functools.cache
 def deal_layers(config: Config, stages: int) -> list[range]:
     """Cut the layers into stages of about equal operations, the output matrix counted to the last.
 
@@ -484,11 +486,12 @@ def deal_layers(config: Config, stages: int) -> list[range]:
         kind = one if config.is_sparse(i) else one.replace(n_expert=0)
         costs.append(flops_per_token(kind, config.seq_len) / 6 - head)
     costs[-1] += head
+    before = [0, *itertools.accumulate(costs)]
     ends = [0]
     for stage in range(1, stages):
-        goal = sum(costs) * stage / stages
+        goal = before[-1] * stage / stages
         able = range(ends[-1] + 1, L - (stages - stage) + 1)  # at least one layer for each
-        ends.append(min(able, key=lambda i: abs(sum(costs[:i]) - goal)))
+        ends.append(min(able, key=lambda i: abs(before[i] - goal)))
     return [range(a, b) for a, b in itertools.pairwise([*ends, L])]
 
 def bubble(schedule: str, p: int, m: int) -> float:
@@ -513,8 +516,7 @@ def stored(schedule: str, p: int, m: int, rank: int) -> int:
         return m
     if schedule == "1f1b":
         return min(m, p - rank)
-    warmup = p + 2 * (p - 1 - rank) + 1 if schedule == "interleaved" else 2 * p + p - 1 - rank + 1
-    return min(2 * m, warmup)
+    return min(2 * m, 2 * p if schedule == "zero-bubble" else 3 * p - 2 * rank - 1)
 
 def zero_bytes(n: float, ranks: int, zero: int) -> tuple[float, float, float]:
     """Count bytes of (parameters, gradients, AdamW's two moments) on a rank for n parameters in float32.
@@ -605,6 +607,8 @@ def training_bytes(config: Config, B: int, T: int, layout: Layout, recompute=Fal
     logits = min(N * c.vocab_size / tp, KEEP_LOGITS) if rank == layout.pp - 1 else 0
     mask = (1 + e) * (2 * cp + 1) * (T / (2 * cp)) ** 2 if cp > 1 else 0
     chunks = SCHEDULES[layout.schedule][1] if layout.pp > 1 else 1
+    if layout.pp > 1 and layout.schedule == "zero-bubble":
+        at_once *= 1.4  # gradients inside of blocks wait with them for the weights' turn: 11 to 42 % (measured)
     return total | {"activations": e * N * kept * at_once / chunks + mask + 4 * logits}
 
 def communication(config: Config, N: int, layout: Layout, recompute=False, e=2, m=1) -> list[tuple]:
@@ -669,6 +673,81 @@ def communication(config: Config, N: int, layout: Layout, recompute=False, e=2, 
             rows.append(("all_gather", "shard", whole))
         rows.append(("broadcast", "shard" if layout.zero else "tensor", whole))
     return [row for row in rows if row[2]]
+
+@dataclass(frozen=True)
+class Machine:
+    """Describe the ranks and what is between them; the defaults are one H100 SXM in its usual node."""
+
+    per_node: int = 8
+    memory: float = 80e9  # bytes
+    peak: float = 989e12  # products a second in bf16 (NVIDIA's data sheet, without sparsity)
+    utilisation: float = 0.45  # of it, while a rank computes (Llama 3 reports 0.38 to 0.43 of a whole step)
+    inside: float = 450e9  # bytes a second and direction within a node: NVLink 4
+    between: float = 50e9  # between nodes: a 400 Gbit/s InfiniBand card for each rank (100 Gbit/s Ethernet: 12.5e9)
+
+    def speed(self, span: int) -> float:
+        """Give the speed of a group that lies in so many ranks that follow each other."""
+        return self.inside if span <= self.per_node else self.between
+
+def step_seconds(config: Config, layout: Layout, machine: Machine, micro_batch: int, m: int, recompute: bool):
+    """Estimate a step's time by part: {"compute", "bubble", then what is sent, by axis}, in seconds.
+
+    A rank waits for what tensor, context and expert parallelism and the pipeline send. Gradients and weights
+    cross while it computes backward, two thirds of the time: only what is longer than that is counted.
+    """
+    o, ranks = layout, layout.dp * layout.split
+    tokens = o.dp * m * micro_batch * config.seq_len
+    flops = flops_per_token(config) * tokens / ranks * (4 / 3 if recompute else 1)
+    compute = flops / machine.peak / machine.utilisation
+    idle = bubble(o.schedule, o.pp, m) if o.pp > 1 else 0.0
+    found = {"compute": compute, "bubble": compute * idle / (1 - idle)}
+    sizes = {"tensor": o.tp, "context": o.cp, "pipeline": o.pp, "expert": o.ep, "data": o.data}
+    spans = {"tensor": o.tp, "context": o.cp * o.tp, "pipeline": o.split, "expert": o.ep * o.split, "data": ranks}
+    found |= dict.fromkeys(sizes, 0.0)
+    for name, axis, size in communication(config, micro_batch * config.seq_len // o.cp, o, recompute, 2, m):
+        axis = "data" if axis in ("replicate", "shard") else axis
+        # in a ring a rank sends (W-1)/W of the whole, twice to add up; a stage sends all of it to one rank
+        share = 1 if name == "send" else (sizes[axis] - 1) / sizes[axis] * (2 if name == "all_reduce" else 1)
+        found[axis] += share * size / machine.speed(spans[axis])
+    found["data"] = max(0.0, found["data"] - 2 / 3 * compute)
+    return found
+
+def find_layouts(config: Config, ranks: int, machine: Machine, micro_batch: int, tokens: int, **fixed) -> list[dict]:
+    """List the layouts of so many ranks, by estimated seconds a step of so many tokens, with the GB on a rank.
+
+    fixed: fields of Layout that are given; the others are tried: pp and cp in powers of two, tp within a node.
+    """
+    powers = [2**i for i in range(ranks.bit_length()) if ranks % 2**i == 0]
+    tried = {
+        "tp": [n for n in powers if n <= machine.per_node],
+        "pp": [n for n in powers if n <= config.n_layer],
+        "cp": [n for n in powers if n == 1 or 4096 * n <= config.seq_len],
+        "ep": [n for n in powers if n <= config.n_expert] or [1],
+        "zero": range(4),
+        "schedule": ("1f1b", "interleaved", "zero-bubble"),
+    }
+    tried = [[value] if (value := fixed.get(name)) is not None else values for name, values in tried.items()]
+    found = []
+    for tp, pp, cp, ep, zero, schedule in itertools.product(*tried):
+        windows = tokens // config.seq_len
+        dp = ranks // (tp * pp * cp)
+        layout = Layout(dp, tp, zero, optimizer=fixed["optimizer"], pp=pp, cp=cp, ep=ep, schedule=schedule)
+        whole = dp and windows % (dp * micro_batch) == 0
+        if not whole or (pp == 1 and schedule != "1f1b") or misfits(layout, ranks, config):
+            continue
+        with contextlib.suppress(UserError):
+            check_layout(layout, ranks, config)
+            m = check_micro_batches(layout, windows, micro_batch)
+            for recompute in (False, True):
+                ends = [training_bytes(config, micro_batch, config.seq_len, layout, recompute, 2, m, rank)
+                        for rank in {0, pp - 1}]
+                memory = max(ends, key=lambda row: sum(row.values()))
+                seconds = step_seconds(config, layout, machine, micro_batch, m, recompute)
+                axes = {"dp": dp, "pp": pp, "cp": cp, "ep": ep, "tp": tp, "zero": zero,
+                        "schedule": schedule if pp > 1 else "", "recompute": recompute, "micro_batches": m}
+                found.append(axes | {"memory": sum(memory.values()), **memory,
+                                     "seconds": sum(seconds.values()), **seconds})
+    return sorted(found, key=lambda row: (row["seconds"], row["memory"]))
 
 # ---- Part III: the same on PyTorch's engine ----------------------------------------------------------------
 
@@ -857,7 +936,7 @@ def split_tensors(model: Transformer, mesh, sequence: bool) -> None:
                     output_layouts=(whole, None), desired_output_layouts=(between, None))
         if not block.sparse or block.mlp.shared_experts is not None:
             plan[mlp] = styles.PrepareModuleInput(input_layouts=(at,), desired_input_layouts=(whole,))
-            plan |= {f"{mlp}.{name}_proj": columns for name in ("gate", "up")}
+            plan |= {f"{mlp}.{name}_proj": columns for name in ("gate", "up") if model.config.gated or name == "up"}
             plan[f"{mlp}.down_proj"] = styles.RowwiseParallel(output_layouts=at)
         if model.config.qk_norm:
             heads = styles.SequenceParallel(sequence_dim=2, use_local_output=True)
@@ -981,7 +1060,9 @@ def finish_gradients(model: nn.Module, grid: Grid) -> None:
     if layout.data > 1 and not (layout.uses_ddp or layout.uses_fsdp):
         for _, some in itertools.groupby(named, key=lambda name: (name.split(".")[:2], ".experts." in name)):
             some = list(some)  # a bucket: a layer, its experts, or what is outside of them
-            add_up([named[name].grad for name in some], grid.mesh(some[0])["replicate"].get_group())
+            copies = grid.mesh(some[0])["replicate"]
+            if copies.size() > 1:
+                add_up([named[name].grad for name in some], copies.get_group())
     for name in grid.tied:
         if name in named:
             add_up([named[name].grad], grid.ends)
@@ -1013,14 +1094,15 @@ class RecordedStage(pipelining.PipelineStage):
     """Be a stage that notes what the schedule has it do, in order: (F, B, I or W, stage, micro-batch)."""
 
     actions: list  # of all stages of this rank
+    before = 0  # micro-batches of this step that earlier calls of the schedule had
 
     def forward_one_chunk(self, i, *args, **more):
-        self.actions.append(("F", self.stage_index, i))
+        self.actions.append(("F", self.stage_index, i + self.before))
         return super().forward_one_chunk(i, *args, **more)
 
     def backward_one_chunk(self, i, *args, full_backward=True, **more):
         """Go back all the way (B), or to the stage's input only (I), so that the stage before can go on."""
-        self.actions.append(("B" if full_backward else "I", self.stage_index, i))
+        self.actions.append(("B" if full_backward else "I", self.stage_index, i + self.before))
         return super().backward_one_chunk(i, *args, full_backward=full_backward, **more)
 
     def backward_weight_one_chunk(self, i, *args, **more):
@@ -1034,7 +1116,7 @@ class Pipeline:
         layout = grid.layout
         self.m, self.grid, self.share = m, grid, share
         self.actions = []
-        stages = []
+        self.stages = stages = []
         for i, stage in enumerate(share.stages):
             index = grid.stage + i * layout.pp
             stages.append(RecordedStage(stage, index, layout.stages, device, group=grid.pipe))
@@ -1056,7 +1138,9 @@ class Pipeline:
         self.parts = []
         self.actions.clear()
         batches = [micro_batches] if self.schedule._n_microbatches > 1 else [[one] for one in micro_batches]
-        for some in batches:
+        for i, some in enumerate(batches):
+            for stage in self.stages:
+                stage.before = i
             x, y, documents = (None if parts[0] is None else torch.cat(parts) for parts in zip(*some, strict=True))
             more = {"targets": y} if documents is None else {"targets": y, "documents": documents}
             self.schedule.step(*[x] * self.takes_ids, target=y, return_outputs=False, **more)
@@ -1462,7 +1546,7 @@ class Options(TrainOptions):
     cp: Annotated[int, opt("Layout", "Ranks that have different parts of a sequence.", low=1)] = 1
     ep: Annotated[int, opt("Layout", "Ranks that have different experts, among those of --dp.", low=1)] = 1
     show_schedule: Annotated[bool, opt("Run", "Draw what each rank of a pipeline did.", "--show-schedule")] = False
-    count_communication: Annotated[bool, opt("Run", "Print what the first step sends, and the formulas.",
+    count_communication: Annotated[bool, opt("Run", "Print what a step sends, and the formulas.",
                                              "--count-communication")] = False
     timeout: Annotated[float, opt("Layout", "Seconds until a silent rank counts as dead.", above=0)] = 600.0
 
@@ -1573,7 +1657,7 @@ def train(o: Options) -> dict:
     if o.micro_batch is None and layout.pp > 1:
         o.micro_batch = default_micro_batch(layout, windows)
     derive(o, config, layout.dp, ranks.device)
-    m = check_micro_batches(layout, windows, o.micro_batch, config.n_layer)
+    m = check_micro_batches(layout, windows, o.micro_batch)
     check(not o.show_schedule or layout.pp > 1, "--show-schedule draws a pipeline: it needs --pp above 1.")
     for others, why in UNCOMPILED.items():  # neither has a compiled backward pass in 2.13
         if o.compile == "on" and others(layout):
@@ -1607,10 +1691,10 @@ def train(o: Options) -> dict:
             micro_batches, targets, windows = batches.at(step)
             targets = targets / layout.split
             torch.manual_seed(seed_of(o.seed, step, grid.data))  # of dropout
-            first = step == saved.get("at", 0)
-            with CommunicationCounter() if first and o.count_communication else contextlib.nullcontext() as sent:
+            second = step == saved.get("at", 0) + 1  # (in the first the engine tries what shapes there are)
+            with CommunicationCounter() if second and o.count_communication else contextlib.nullcontext() as sent:
                 loss, aux = gradients_of_step(forward, model, grid, micro_batches, targets, windows, run.scale)
-            if first and o.show_schedule:
+            if second and o.show_schedule:
                 show_schedule(forward)
             grad_norm = clip_gradients(model, grid, o.grad_clip, run.scale)
             loss, aux = sum_over_ranks(loss / layout.tp), sum_over_ranks(aux / layout.tp)
@@ -1670,37 +1754,73 @@ def assess(o: Options, grid: Grid, model, forward, val: list[Tokens], weights, l
 
 def plan(
     preset: Annotated[str, typer.Option(help="Shape of the model: see `bench.py sizes`.")] = "llama-2-70b",
-    gpus: Annotated[int, typer.Option(help="Ranks in all.")] = 512,
-    memory: Annotated[float, typer.Option(help="Of each, in GB (1e9 bytes).")] = 80.0,
-    per_node: Annotated[int, typer.Option(help="Ranks with fast links: --tp stays within.")] = 8,
-    micro_batch: Annotated[int, typer.Option(help="Sequences at once on a rank.")] = 1,
-    seq_len: Annotated[int | None, typer.Option(help="Context, instead of the preset's.")] = None,
-    optimizer: Annotated[str, typer.Option(help="muon (matrices; AdamW on the rest) or adamw.")] = "muon",
+    gpus: Annotated[int, opt("", "Ranks in all.", low=1)] = 512,
+    memory: Annotated[float, opt("", "Of each, in GB (1e9 bytes).", above=0)] = 80.0,
+    per_node: Annotated[int, opt("", "Ranks with fast links: --tp stays within.", low=1)] = 8,
+    micro_batch: Annotated[int, opt("", "Sequences at once on a rank.", low=1)] = 1,
+    seq_len: Annotated[int | None, opt("", "Context, instead of the preset's.", low=1)] = None,
+    optimizer: Annotated[str, opt("", "muon (matrices; AdamW on the rest) or adamw.",
+                                  one_of=("muon", "adamw"))] = "muon",
+    dp: Annotated[int | None, opt("", "Only layouts with so many.", low=1)] = None,
+    tp: Annotated[int | None, opt("", "The same.", low=1)] = None,
+    pp: Annotated[int | None, opt("", "The same.", low=1)] = None,
+    cp: Annotated[int | None, opt("", "The same.", low=1)] = None,
+    ep: Annotated[int | None, opt("", "The same.", low=1)] = None,
+    zero: Annotated[int | None, opt("", "The same.", low=0)] = None,
+    pp_schedule: Annotated[str | None, opt("", "The same.", one_of=tuple(SCHEDULES))] = None,
+    tokens_per_step: Annotated[int, opt("", "Tokens of a step, over all ranks.", low=1)] = 4_194_304,
+    tokens: Annotated[float | None, typer.Option(help="Of the whole run; 20 a parameter if not given.")] = None,
+    peak: Annotated[float, opt("", "Of a rank, TFLOP/s in bf16: H100's.", above=0)] = 989.0,
+    utilisation: Annotated[float, opt("", "Share of it, while a rank computes.", above=0)] = 0.45,
+    nvlink: Annotated[float, opt("", "GB/s and direction within a node: NVLink 4.", above=0)] = 450.0,
+    network: Annotated[float, opt("", "GB/s of a rank between nodes: InfiniBand at 400 Gbit/s; Ethernet at 100 "
+                                  "Gbit/s has 12.5.", above=0)] = 50.0,
+    price: Annotated[float, opt("", "Dollars for a GPU and hour.", above=0)] = 2.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a layout.")] = False,
 ) -> None:
-    """Show which layouts fit: GB on a rank, GB it sends in a step. Activations in bf16, optimizer in fp32."""
+    """Rank the layouts that fit by estimated time of a step; days and dollars of the whole run.
+
+    Activations in bf16, optimizer in fp32. `--preset llama-2-70b --tokens 2e12` answers the interview question,
+    `--preset gpt-3-175b --pp 8 --tp 8` the textbook's example.
+    """
     from rich.table import Table
 
-    numbers = {"gpus": gpus, "memory": memory, "per-node": per_node, "micro-batch": micro_batch}
-    for name, n in numbers.items():
-        check(0 < n < 1e9, f"--{name} is {n}; it has to be a number above 0, below a billion.")
-    check(optimizer in ("muon", "adamw"), f"--optimizer is muon or adamw; not {optimizer!r}.")
     known = preset in PRESETS and PRESETS[preset].vocab_size
     config = resize(preset, seq_len=seq_len, vocab_size=known or 4096)
-    say(f"{preset}: {count_params(config)[0] / 1e9:.2f}B parameters, {micro_batch} x {config.seq_len} tokens")
-    layouts = find_layouts(config, gpus, per_node, micro_batch, optimizer)
-    fitting = [row for row in layouts if row["total"] <= memory]
-    least = min(row["total"] for row in layouts)
+    machine = Machine(per_node, memory * 1e9, peak * 1e12, utilisation, nvlink * 1e9, network * 1e9)
+    check(gpus <= 2**20, f"--gpus is {gpus}; the plan is for up to a million ranks.")
+    check(tokens is None or 0 < tokens < 1e18, f"--tokens is {tokens}; it has to be above 0, below 10^18.")
+    fixed = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "zero": zero, "schedule": pp_schedule}
+    layouts = find_layouts(config, gpus, machine, micro_batch, tokens_per_step, optimizer=optimizer, **fixed)
+    layouts = [row for row in layouts if dp in (None, row["dp"])]
+    check(layouts, f"No layout of {gpus} ranks has what was asked for, with {tokens_per_step} tokens a step in "
+          f"micro-batches of {micro_batch} x {config.seq_len}: give fewer axes, or more --tokens-per-step.")
+    fitting = [row for row in layouts if row["memory"] <= machine.memory]
+    least = min(row["memory"] for row in layouts) / 1e9
     check(fitting, f"Nothing fits; the least is {least:.1f} GB: more ranks, or a shorter --seq-len.")
     if as_json:
         for row in fitting:
             print(json.dumps(row))
         return
-    names = "dp tp ZeRO recompute params gathered grads optim. activ. all tensor data".split()
-    table = Table(*names, title="GB on a rank, and what it sends in a step", box=None, padding=(0, 1, 0, 0))
+    n = count_params(config)[0]
+    say(f"{preset}: {n / 1e9:.2f}B parameters on {gpus} ranks; a step of {tokens_per_step / 1e6:.2f}M tokens, in "
+        f"micro-batches of {micro_batch} x {config.seq_len}; {len(fitting)} of {len(layouts)} layouts fit")
+    sizes = ("memory", "parameters", "gathered", "gradients", "optimizer", "activations")
+    parts = ("seconds", "compute", "bubble", "tensor", "context", "pipeline", "expert", "data")
+    names = "dp pp cp ep tp ZeRO schedule again m GB params gathered grads optim. activ. s".split()
+    table = Table(*names, *parts[1:], title="GB on a rank, seconds of a step", box=None, padding=(0, 1, 0, 0))
     for row in fitting[:16]:
-        table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
-    console().print(table)
+        cells = [str(value) for value in list(row.values())[:9]]
+        cells[7] = "yes" if row["recompute"] else ""
+        cells += [f"{row[name] / 1e9:.1f}" for name in sizes] + [f"{row[name]:.3g}" for name in parts]
+        table.add_row(*cells)
+    console().print(table, soft_wrap=True)
+    steps = (tokens or 20 * n) / tokens_per_step
+    seconds = steps * fitting[0]["seconds"]
+    hours = gpus * seconds / 3600
+    mfu = flops_per_token(config) * tokens_per_step / gpus / machine.peak / fitting[0]["seconds"]
+    say(f"The first: {steps * tokens_per_step / 1e9:,.0f}B tokens are {steps:,.0f} steps in {seconds / 86400:.1f} "
+        f"days, {hours:,.0f} GPU-hours, {hours * price:,.0f} dollars at {price:g} an hour, {mfu:.0%} of the peak.")
 
 def export(folder: Annotated[Path, typer.Argument(help="The folder of a run that was stopped.")]) -> None:
     """Join the shards of a folder: then transformers opens it, and train.py --resume goes on with it."""

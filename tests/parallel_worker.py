@@ -48,6 +48,7 @@ LAYOUTS = {
 PIPELINES = {f"pp 4, {name}": {"pp": 4, "pp_schedule": name} for name in parallel.SCHEDULES}
 PIPELINES |= {f"dp 2 x pp 2, {name}": {"pp": 2, "pp_schedule": name} for name in parallel.SCHEDULES}
 PIPELINES |= {
+    "pp 2": {"pp": 2},
     "zero-1 x pp 2": {"pp": 2, "zero": 1},
     "zero-2 x pp 2": {"pp": 2, "zero": 2},
     "zero-2 x pp 2, interleaved": {"pp": 2, "zero": 2, "pp_schedule": "interleaved"},
@@ -83,14 +84,15 @@ SHORT = {"muon": ("zero-3", "zero-1 x tp 2"),
 LONG = {"muon": tuple(LAYOUTS[4]), "adamw": tuple(LAYOUTS[4]), "experts, muon": ("ddp", "zero-1", "zero-3"),
         "experts, adamw": ("ddp", "zero-1", "zero-3"),
         "adamw, accumulate": ("ddp", "zero-2", "zero-3 x tp 2")}
-EIGHT = {"muon": tuple(LAYOUTS[8]), "adamw": tuple(LAYOUTS[8])}
+EIGHT = {"muon, accumulate": tuple(LAYOUTS[8]), "adamw, accumulate": tuple(LAYOUTS[8])}
 
 # Sixteen micro-batches a step on four ranks of data; stages need layers.
 DEEP = {"n_layer": 8, "micro_batch": 1, "optimizer": "adamw"}
-PP = {"deep": tuple(PIPELINES), "deep, muon": ("pp 4, 1f1b", "zero-1 x pp 2", "zero-2 x pp 2", "tp 2 x pp 2")}
+PP = {"deep, untied": ("pp 4, 1f1b", "pp 2", "zero-2 x pp 2", "tp 2 x pp 2"), "deep": tuple(PIPELINES), "deep, recompute": tuple(f"pp 4, {name}" for name in parallel.SCHEDULES), "deep, muon": ("pp 4, 1f1b", "zero-1 x pp 2", "zero-2 x pp 2", "tp 2 x pp 2")}
 
 CP = {"adamw, accumulate": tuple(CONTEXTS), "muon": ("dp 2 x cp 2", "zero-3 x cp 2"), "windows, documents": ("cp 4", "pp 2 x cp 2"),
       "experts, context": ("dp 2 x cp 2", "pp 2 x cp 2")}
+FAMILIES = {"gpt": ("tp 4", "zero-3 x tp 2", "tp 2 x pp 2", "pp 2 x cp 2"), "gemma": ("tp 4", "tp 2 x pp 2", "pp 2 x cp 2")}
 EP = {"experts, accumulate": tuple(SPLIT_EXPERTS), "experts, muon": ("ep 2", "zero-1 x ep 2", "zero-3 x ep 2", "tp 4", "ep 2 x tp 2"),
       "experts, adamw": ("ep 4", "zero-3 x ep 2", "tp 4", "ep 2 x pp 2")}
 
@@ -98,12 +100,20 @@ EXPERTS = ["n_expert=4", "z_loss=0.001", "capacity=1.25", "balance_rate=0.01"]
 # Muon's rate is small: Newton-Schulz runs in bf16, where float noise in a gradient becomes 2^-8 of an update
 CASES = {
     "deep": DEEP,
+    "deep, untied": DEEP | {"n_layer": 4, "set": ["tie=false"]},
+    "gpt": {"optimizer": "adamw", "micro_batch": 4, "set": [
+        "position=learned", "norm=layer", "gated=false", "act=gelu_new", "qk_norm=false", "qkv_bias=true", "o_bias=true",
+        "mlp_bias=true"]},
+    "gemma": {"optimizer": "adamw", "micro_batch": 4, "set": ["norm_plus_one=true", "post_norm=true",
+                                                            "scale_embedding=true", "logit_cap=30"]},
+    "deep, recompute": DEEP | {"recompute": True},
     "deep, muon": DEEP | {"optimizer": "muon", "lr": 3e-4, "n_layer": 4},
     "windows, documents": {"optimizer": "adamw", "micro_batch": 4, "doc_mask": True, "set": ["window=12"]},
     "experts, context": {"optimizer": "adamw", "micro_batch": 4,
                          "set": ["n_expert=4", "balance=bias", "router=sigmoid", "router_bias=true"]},
     "muon": {"lr": 3e-4},
     "adamw": {"optimizer": "adamw"},
+    "muon, accumulate": {"lr": 3e-4, "micro_batch": 2},
     "adamw, accumulate": {"optimizer": "adamw", "micro_batch": 2, "recompute": True},
     "experts, muon": {"lr": 3e-4, "set": EXPERTS},
     "experts, accumulate": {"optimizer": "adamw", "micro_batch": 2, "set": EXPERTS},
@@ -123,6 +133,27 @@ COUNTS = {
     "zero-3, muon": {"zero": 3, "optimizer": "muon"},
     "zero-3, muon, deep": {"zero": 3, "optimizer": "muon", "n_layer": 8},
     "replicate x shard, muon": {"zero": 3, "replicate": 2, "optimizer": "muon"},
+    "pp 4": {"pp": 4, "n_layer": 8, "micro_batch": 2},
+    "pp 2 x dp 2, interleaved": {"pp": 2, "pp_schedule": "interleaved", "n_layer": 8, "micro_batch": 2},
+    "zero-2 x pp 2": {"pp": 2, "zero": 2, "n_layer": 8, "micro_batch": 2},
+    "zero-1 x pp 2, muon": {"pp": 2, "zero": 1, "n_layer": 8, "micro_batch": 2, "optimizer": "muon"},
+    "tp 2 x pp 2": {"pp": 2, "tp": 2, "n_layer": 8, "micro_batch": 2},
+    "cp 4": {"cp": 4},
+    "cp 2, recompute": {"cp": 2, "recompute": True},
+    "zero-3 x cp 2, muon": {"cp": 2, "zero": 3, "optimizer": "muon"},
+    "ep 4": {"ep": 4, "set": ["n_expert=4"]},
+    "zero-3 x ep 2": {"ep": 2, "zero": 3, "set": ["n_expert=4"]},
+    "zero-1 x ep 2, muon": {"ep": 2, "zero": 1, "optimizer": "muon", "set": ["n_expert=4"]},
+    "tp 4, experts": {"tp": 4, "set": ["n_expert=4", "n_expert_shared=1"]},
+}
+
+
+PEAKS = {name: {"pp": 4, "pp_schedule": name} for name in parallel.SCHEDULES} | {
+    "zero-2 x pp 2": {"pp": 2, "zero": 2},
+    "cp 4": {"cp": 4, "n_layer": 2, "micro_batch": 16},
+    "cp 2 x tp 2": {"cp": 2, "tp": 2, "n_layer": 2, "micro_batch": 16},
+    "ep 4": {"ep": 4, "n_layer": 2, "micro_batch": 16, "set": ["n_expert=4"]},
+    "tp 4, experts": {"tp": 4, "n_layer": 2, "micro_batch": 16, "set": ["n_expert=4"]},
 }
 
 
@@ -141,7 +172,7 @@ def relative(a, b):
 
 def micro_batches_of(o, layout):
     """Count a rank's micro-batches, as parallel.train does."""
-    return parallel.check_micro_batches(layout, o.tokens_per_step // o.seq_len, o.micro_batch, o.n_layer)
+    return parallel.check_micro_batches(layout, o.tokens_per_step // o.seq_len, o.micro_batch)
 
 
 def one_process(o):
@@ -195,7 +226,9 @@ def compare(o, reference):
         micro_batches, targets, windows = batches.at(step)
         targets = targets / layout.split
         loss, aux = parallel.gradients_of_step(forward, model, grid, micro_batches, targets, windows)
-        gradients = gradients or {n: relative(full(p.grad), first[n]) for n, p in named.items()}
+        # (without rotations nothing depends on the keys' bias: its gradient is noise)
+        real = [n for n in named if first[n].norm() > 1e-6]
+        gradients = gradients or {n: relative(full(named[n].grad), first[n]) for n in real}
         norm = parallel.clip_gradients(model, grid, o.grad_clip)
         norms.append(abs(float(norm) - reference[3][step]) / reference[3][step])
         optimizer.set_lr(o.lr)
@@ -210,7 +243,8 @@ def compare(o, reference):
         "loss": max(abs(a - b) for a, b in zip(seen, losses, strict=True)),
         "gradient": max(gradients.values()),
         "norm": max(norms),
-        "weights": max(relative(full(p), last[n]) for n, p in parallel.named_weights(model).items()),
+        "weights": max(relative(full(p), last[n]) for n, p in parallel.named_weights(model).items()
+                       if n in real or n not in named),
     }
     found = torch.tensor(list(worst.values()))
     dist.all_reduce(found, dist.ReduceOp.MAX)  # a rank of a pipeline has its own layers only
@@ -268,8 +302,12 @@ def count_step(o):
     if layout.pp == 1:
         forward.register_forward_pre_hook(enter("forward"), prepend=True)  # before fully_shard's own
         forward.register_forward_hook(enter("backward"))
+    args = forward, model, grid, micro_batches, targets / layout.split, windows
+    if layout.pp > 1:  # in the first step the engine tries what shapes there are
+        parallel.gradients_of_step(*args)
+        optimizer.zero_grad()
     with counter:
-        parallel.gradients_of_step(forward, model, grid, micro_batches, targets / layout.split, windows)
+        parallel.gradients_of_step(*args)
         counter.phase = "step"
         memory["gradients"] = sum(local(p.grad).nbytes for p in model.parameters())
         known = [*model.parameters(), *(p.grad for p in model.parameters()), *optimizer.mine.values()]
@@ -282,12 +320,49 @@ def count_step(o):
     memory["update"] = live.peak
     largest = max([4 * size for size in parallel.layer_matrices(model).values()])
     B, T = micro_batches[0][0].shape
-    costs = (layout, o.recompute, model.compute_dtype.itemsize)
+    costs = (layout, o.recompute, parallel.model_dtype(model).itemsize)
     sent = {}
-    for name, _, size in parallel.communication(config, B * T, *costs):
+    m = len(micro_batches)
+    for name, _, size in parallel.communication(config, B * T // layout.cp, *costs, m):
         sent[name] = sent.get(name, 0) + size
-    formulas = {"sent": sent, "memory": parallel.training_bytes(config, B, T, *costs)}
-    return {"sent": counter.counts, "memory": memory, "formulas": formulas, "largest": largest}
+    formulas = {"sent": sent, "memory": parallel.training_bytes(config, B, T, *costs, m, grid.stage)}
+    result = {"sent": counter.counts, "memory": memory, "formulas": formulas, "largest": largest}
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, result)
+    return result | {"ranks": ranks}
+
+
+def peaks(data):
+    """Take two steps on each layout -> what each rank had stored at most, in micro-batches and in bytes."""
+    results = {}
+    for name, changes in PEAKS.items():
+        o = options(data, **{"optimizer": "adamw", "n_layer": 8, "micro_batch": 2, **changes})
+        grid, model, forward, optimizer, batches = open_layout(o)
+        layout = grid.layout
+        micro_batches, targets, windows = batches.at(0)
+        args = forward, model, grid, micro_batches, targets / layout.split, windows
+        parallel.gradients_of_step(*args)
+        optimizer.step()
+        named = dict(model.named_parameters())
+        state = list(parallel.state_of(optimizer.inner).values())
+        standing = [local(t) for t in [*named.values(), *state, *(p.grad for p in named.values())]]
+        buffers = []
+        for stage in forward.stages if layout.pp > 1 else ():
+            for infos in (*stage.args_recv_info.values(), *stage.grad_recv_info.values()):
+                buffers += [info.buffer for info in infos if info.buffer is not None]
+        with Live([*standing, *buffers]) as live:
+            parallel.gradients_of_step(*args)
+        m = len(micro_batches)
+        planned = parallel.training_bytes(model.config, o.micro_batch, o.seq_len, layout, False, 4, m, grid.stage)
+        actions = forward.actions if layout.pp > 1 else [("F", 0, 0), ("B", 0, 0)]
+        mine = {"peak": live.peak, "stored": parallel.most_stored(actions), "actions": actions,
+                "formula": parallel.stored(layout.schedule, 4, m, grid.stage), "activations": planned["activations"],
+                "measured": live.peak + sum(t.nbytes for t in standing), "planned": sum(planned.values())}
+        ranks = [None] * 4
+        dist.all_gather_object(ranks, mine)
+        results[name] = {"ranks": ranks, "m": m, "bubble": parallel.bubble(layout.schedule, 4, m)}
+        results[name]["idle"] = parallel.idle_share(parallel.place_actions([r.pop("actions") for r in ranks]))
+    return results
 
 
 def stopped(data, out):
@@ -313,7 +388,36 @@ def stopped(data, out):
 def ideas(data):
     """Compare Part I of parallel.py with one process."""
     torch.manual_seed(0)
-    return {**split_matrices(), **split_a_block(), **zero_by_hand()}
+    return {**split_matrices(), **split_a_block(), **zero_by_hand(), **pipelines_by_hand()}
+
+
+def pipelines_by_hand():
+    """Compare Part I's pipelines, a layer a rank, with all layers in one process."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    m = 6
+    weights = torch.randn(world, 8, 8) / 3
+    inputs = torch.randn(m, 2, 3, 8)
+    whole = weights.clone().requires_grad_()
+    x = inputs.flatten(0, 1)
+    for w in whole:
+        x = torch.tanh(x @ w)
+    x.square().sum().backward()
+    results = {}
+    for run in (parallel.gpipe, parallel.one_forward_one_backward):
+        mine = weights[rank].clone().requires_grad_()
+
+        def stage(x, w=mine):
+            y = torch.tanh(x @ w)
+            return y.square().sum() if rank == world - 1 else y
+
+        pipe = parallel.Pipe(stage, list(inputs), (2, 3, 8))
+        run(pipe, m)
+        peaks = [None] * world
+        dist.all_gather_object(peaks, pipe.peak)
+        worst = torch.tensor(relative(mine.grad, whole.grad[rank]))
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        results |= {run.__name__: float(worst), f"{run.__name__} stores": peaks}
+    return results
 
 
 def split_matrices():
@@ -410,6 +514,7 @@ def main(data, out, *jobs):
     work = {"ideas": ideas, "counts": counts, "short": lambda data: layouts(data, SHORT),
             "long": lambda data: layouts(data, LONG), "eight": lambda data: layouts(data, EIGHT),
             "stopped": lambda data: stopped(data, out), "pipelines": lambda data: layouts(data, PP),
+            "peaks": peaks, "families": lambda data: layouts(data, FAMILIES),
             "contexts": lambda data: layouts(data, CP), "experts": lambda data: layouts(data, EP)}
     results = {job: work[job](data) for job in jobs}
     if dist.get_rank() == 0:
