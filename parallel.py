@@ -592,7 +592,7 @@ def training_bytes(config: Config, B: int, T: int, layout: Layout, recompute=Fal
             parameters = 4 * n / ranks
             gathered = e * (n if zero == 2 else n - max(0, 1 - 2 / blocks) * matrices)
             if layout.pp > 1:
-                gradients = 4 * n  # whole until the last micro-batch's
+                gradients = 4 * n + 4 * n / ranks  # whole until the last micro-batch's are there
         for name, size in zip(total, (parameters, gathered, gradients, moments), strict=True):
             total[name] += size
     heads = (c.n_head + c.n_kv_head) * c.head_dim / tp
@@ -992,7 +992,8 @@ def parallelize(config: Config, o, grid: Grid, device: torch.device):
         stage.tie_weights()
         stage.init_weights(o.seed)
     if layout.uses_ddp:
-        return model, DDP(model, process_group=grid.weights["replicate"].get_group(), init_sync=False)
+        group = grid.weights["replicate"].get_group()
+        return model, DDP(model, process_group=group, init_sync=False, gradient_as_bucket_view=True)
     return model, model
 
 def shard_stage(stage: Stage, o, grid: Grid, device: torch.device) -> None:

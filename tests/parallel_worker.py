@@ -150,10 +150,12 @@ COUNTS = {
 
 PEAKS = {name: {"pp": 4, "pp_schedule": name} for name in parallel.SCHEDULES} | {
     "zero-2 x pp 2": {"pp": 2, "zero": 2},
-    "cp 4": {"cp": 4, "n_layer": 2, "micro_batch": 16},
-    "cp 2 x tp 2": {"cp": 2, "tp": 2, "n_layer": 2, "micro_batch": 16},
-    "ep 4": {"ep": 4, "n_layer": 2, "micro_batch": 16, "set": ["n_expert=4"]},
-    "tp 4, experts": {"tp": 4, "n_layer": 2, "micro_batch": 16, "set": ["n_expert=4"]},
+    "dp 4": {"micro_batch": 4},
+    "cp 4": {"cp": 4, "micro_batch": 16},
+    "cp 2 x tp 2": {"cp": 2, "tp": 2, "micro_batch": 16},
+    "dp 4, experts": {"micro_batch": 4, "set": ["n_expert=4", "expert_dim=64"]},
+    "ep 4": {"ep": 4, "micro_batch": 4, "set": ["n_expert=4", "expert_dim=64"]},
+    "tp 4, experts": {"tp": 4, "micro_batch": 16, "set": ["n_expert=4", "expert_dim=64"]},
 }
 
 
@@ -341,7 +343,8 @@ def peaks(data):
         layout = grid.layout
         micro_batches, targets, windows = batches.at(0)
         args = forward, model, grid, micro_batches, targets / layout.split, windows
-        parallel.gradients_of_step(*args)
+        for _ in range(2):  # (in the second one DDP makes its buckets anew)
+            parallel.gradients_of_step(*args)
         optimizer.step()
         named = dict(model.named_parameters())
         state = list(parallel.state_of(optimizer.inner).values())
@@ -356,11 +359,11 @@ def peaks(data):
         planned = parallel.training_bytes(model.config, o.micro_batch, o.seq_len, layout, False, 4, m, grid.stage)
         actions = forward.actions if layout.pp > 1 else [("F", 0, 0), ("B", 0, 0)]
         mine = {"peak": live.peak, "stored": parallel.most_stored(actions), "actions": actions,
-                "formula": parallel.stored(layout.schedule, 4, m, grid.stage), "activations": planned["activations"],
+                "formula": parallel.stored(layout.schedule, layout.pp, m, grid.stage), "activations": planned["activations"],
                 "measured": live.peak + sum(t.nbytes for t in standing), "planned": sum(planned.values())}
         ranks = [None] * 4
         dist.all_gather_object(ranks, mine)
-        results[name] = {"ranks": ranks, "m": m, "bubble": parallel.bubble(layout.schedule, 4, m)}
+        results[name] = {"ranks": ranks, "m": m, "bubble": parallel.bubble(layout.schedule, layout.pp, m)}
         results[name]["idle"] = parallel.idle_share(parallel.place_actions([r.pop("actions") for r in ranks]))
     return results
 
