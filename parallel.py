@@ -744,7 +744,7 @@ def find_layouts(config: Config, ranks: int, machine: Machine, micro_batch: int,
                 memory = max(ends, key=lambda row: sum(row.values()))
                 seconds = step_seconds(config, layout, machine, micro_batch, m, recompute)
                 axes = {"dp": dp, "pp": pp, "cp": cp, "ep": ep, "tp": tp, "zero": zero,
-                        "schedule": schedule if pp > 1 else "", "recompute": recompute, "micro_batches": m}
+                        "schedule": schedule if pp > 1 else None, "recompute": recompute, "micro_batches": m}
                 found.append(axes | {"memory": sum(memory.values()), **memory,
                                      "seconds": sum(seconds.values()), **seconds})
     return sorted(found, key=lambda row: (row["seconds"], row["memory"]))
@@ -1241,7 +1241,8 @@ def show_schedule(pipeline: Pipeline) -> None:
                 continue
             kind, stage, i = slot
             line.append(f" {kind if stage < layout.pp else kind.lower()}{i:<2}", colors[kind])
-        console().print(line, soft_wrap=True)
+        if dist.get_rank() == 0:
+            console().print(line, soft_wrap=True)
     say(f"Idle: {idle_share(rows):.1%} of the slots, {bubble(layout.schedule, layout.pp, pipeline.m):.1%} by formula. "
         f"Micro-batches stored at most on each rank: {', '.join(str(most_stored(a)) for a in actions)}"
         + (" (of a stage, two of which make a rank's share)." if layout.stages > layout.pp else "."))
@@ -1787,15 +1788,17 @@ def plan(
     from rich.table import Table
 
     known = preset in PRESETS and PRESETS[preset].vocab_size
-    config = resize(preset, seq_len=seq_len, vocab_size=known or 4096)
+    config = resize(preset, seq_len=seq_len, vocab_size=-(-(known or 4096) // 64) * 64)  # padded, so that it divides
     machine = Machine(per_node, memory * 1e9, peak * 1e12, utilisation, nvlink * 1e9, network * 1e9)
     check(gpus <= 2**20, f"--gpus is {gpus}; the plan is for up to a million ranks.")
     check(tokens is None or 0 < tokens < 1e18, f"--tokens is {tokens}; it has to be above 0, below 10^18.")
     fixed = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "zero": zero, "schedule": pp_schedule}
     layouts = find_layouts(config, gpus, machine, micro_batch, tokens_per_step, optimizer=optimizer, **fixed)
     layouts = [row for row in layouts if dp in (None, row["dp"])]
-    check(layouts, f"No layout of {gpus} ranks has what was asked for, with {tokens_per_step} tokens a step in "
-          f"micro-batches of {micro_batch} x {config.seq_len}: give fewer axes, or more --tokens-per-step.")
+    asked = Layout(gpus // ((tp or 1) * (pp or 1) * (cp or 1)), tp or 1, pp=pp or 1, cp=cp or 1, ep=ep or 1)
+    why = misfits(asked, gpus, config) or ["the step's sequences do not divide: more --tokens-per-step"]
+    check(layouts, f"No layout of {gpus} ranks has what was asked for, with steps of {tokens_per_step} tokens in "
+          f"micro-batches of {micro_batch} x {config.seq_len}: {why[0]}.")
     fitting = [row for row in layouts if row["memory"] <= machine.memory]
     least = min(row["memory"] for row in layouts) / 1e9
     check(fitting, f"Nothing fits; the least is {least:.1f} GB: more ranks, or a shorter --seq-len.")
@@ -1806,16 +1809,17 @@ def plan(
     n = count_params(config)[0]
     say(f"{preset}: {n / 1e9:.2f}B parameters on {gpus} ranks; a step of {tokens_per_step / 1e6:.2f}M tokens, in "
         f"micro-batches of {micro_batch} x {config.seq_len}; {len(fitting)} of {len(layouts)} layouts fit")
-    sizes = ("memory", "parameters", "gathered", "gradients", "optimizer", "activations")
     parts = ("seconds", "compute", "bubble", "tensor", "context", "pipeline", "expert", "data")
-    names = "dp pp cp ep tp ZeRO schedule again m GB params gathered grads optim. activ. s".split()
-    table = Table(*names, *parts[1:], title="GB on a rank, seconds of a step", box=None, padding=(0, 1, 0, 0))
+    names = "dp pp cp ep tp ZeRO schedule again m GB s".split() + list(parts[1:])
+    rows = []
     for row in fitting[:16]:
-        cells = [str(value) for value in list(row.values())[:9]]
-        cells[7] = "yes" if row["recompute"] else ""
-        cells += [f"{row[name] / 1e9:.1f}" for name in sizes] + [f"{row[name]:.3g}" for name in parts]
-        table.add_row(*cells)
-    console().print(table, soft_wrap=True)
+        cells = ["yes" if value is True else str(value or 0) for value in list(row.values())[:9]]
+        rows.append([*cells, f"{row['memory'] / 1e9:.1f}", *(f"{row[name]:.3g}" for name in parts)])
+    used = [i for i in range(len(names)) if any(row[i] not in ("0", "1") for row in rows)]
+    table = Table(*(names[i] for i in used), title="GB on a rank, seconds of a step", box=None, padding=(0, 1, 0, 0))
+    for row in rows:
+        table.add_row(*("" if row[i] == "0" else row[i] for i in used))
+    console().print(table)
     steps = (tokens or 20 * n) / tokens_per_step
     seconds = steps * fitting[0]["seconds"]
     hours = gpus * seconds / 3600

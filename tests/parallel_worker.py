@@ -84,17 +84,20 @@ SHORT = {"muon": ("zero-3", "zero-1 x tp 2"),
 LONG = {"muon": tuple(LAYOUTS[4]), "adamw": tuple(LAYOUTS[4]), "experts, muon": ("ddp", "zero-1", "zero-3"),
         "experts, adamw": ("ddp", "zero-1", "zero-3"),
         "adamw, accumulate": ("ddp", "zero-2", "zero-3 x tp 2")}
-EIGHT = {"muon, accumulate": tuple(LAYOUTS[8]), "adamw, accumulate": tuple(LAYOUTS[8])}
+EIGHT = {"muon, accumulate": ("dp 2 x pp 2 x tp 2",), "adamw, accumulate": tuple(LAYOUTS[8])}
 
 # Sixteen micro-batches a step on four ranks of data; stages need layers.
 DEEP = {"n_layer": 8, "micro_batch": 1, "optimizer": "adamw"}
-PP = {"deep, untied": ("pp 4, 1f1b", "pp 2", "zero-2 x pp 2", "tp 2 x pp 2"), "deep": tuple(PIPELINES), "deep, recompute": tuple(f"pp 4, {name}" for name in parallel.SCHEDULES), "deep, muon": ("pp 4, 1f1b", "zero-1 x pp 2", "zero-2 x pp 2", "tp 2 x pp 2")}
-
+PP = {"deep": (*(f"pp 4, {name}" for name in parallel.SCHEDULES), "dp 2 x pp 2, 1f1b", "zero-2 x pp 2",
+               "zero-2 x pp 2, interleaved", "zero-2 x pp 2, zero-bubble", "tp 2 x pp 2, sequence"),
+      "deep, untied": ("pp 4, 1f1b",), "deep, recompute": ("pp 4, 1f1b", "pp 4, zero-bubble"),
+      "deep, muon": ("pp 4, 1f1b", "zero-1 x pp 2", "tp 2 x pp 2")}
 CP = {"adamw, accumulate": tuple(CONTEXTS), "muon": ("dp 2 x cp 2", "zero-3 x cp 2"), "windows, documents": ("cp 4", "pp 2 x cp 2"),
       "experts, context": ("dp 2 x cp 2", "pp 2 x cp 2")}
-FAMILIES = {"gpt": ("tp 4", "zero-3 x tp 2", "tp 2 x pp 2", "pp 2 x cp 2"), "gemma": ("tp 4", "tp 2 x pp 2", "pp 2 x cp 2")}
-EP = {"experts, accumulate": tuple(SPLIT_EXPERTS), "experts, muon": ("ep 2", "zero-1 x ep 2", "zero-3 x ep 2", "tp 4", "ep 2 x tp 2"),
-      "experts, adamw": ("ep 4", "zero-3 x ep 2", "tp 4", "ep 2 x pp 2")}
+FAMILIES = {"gpt": ("zero-3 x tp 2", "tp 2 x pp 2"), "gemma": ("tp 4", "pp 2 x cp 2")}
+EP = {"experts, accumulate": ("ep 4", "zero-2 x ep 2", "zero-3 x ep 2", "zero-3 x tp 2", "ep 2 x tp 2", "ep 2 x pp 2",
+                              "tp 4, sequence"),
+      "experts, muon": ("zero-1 x ep 2", "zero-3 x ep 4", "tp 4"), "experts, adamw": ("ep 4", "zero-3 x ep 2")}
 
 EXPERTS = ["n_expert=4", "z_loss=0.001", "capacity=1.25", "balance_rate=0.01"]
 # Muon's rate is small: Newton-Schulz runs in bf16, where float noise in a gradient becomes 2^-8 of an update
