@@ -36,6 +36,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,9 +46,10 @@ from typing import Annotated
 
 from model import (  # before torch: it says how OpenMP's threads wait
     Cache, Config, Head, Linear, Tokens, Transformer, UserError, apply_rope, check, checkpoint_files, command,
-    console, count_weights, evaluate, find_checkpoint, greedy, is_compiled_row, load_config, load_model,
-    load_tokenizer, multiply_row, opt, pick_device, pick_dtype, progress, quantized_kind, read_json, reading,
-    render, rope_angles, rope_frequencies, round_up, run_app, save_files, say,
+    console, count_weights, evaluate, find_checkpoint, greedy, is_compiled_on_cpu, is_compiled_row,
+    load_config, load_model, load_tokenizer, multiply_row, opt, pick_device, pick_dtype, progress,
+    quantized_kind, read_json, reading, render, rope_angles, rope_frequencies, round_up, run_app, save_files,
+    say,
 )
 
 import torch
@@ -561,6 +563,52 @@ def say_cost(folder: Path, model, data: Path, device, dtype) -> None:
     say(f"weights {before / 1e6:.1f} -> {after / 1e6:.1f} MB; bits per byte {bpb:.4f} -> {quantized_bpb:.4f} "
         f"({(quantized_bpb / bpb - 1) * 100:+.2f} %) on {data}")
 
+# ---- Matrices for a batch ----------------------------------------------------------------------------------
+
+COPIES = {}  # the address of a matrix -> its packed copy
+
+def multiply_packed(x, weight):  # (..., K), (N, K) -> (..., N)
+    """Multiply rows by a matrix's packed copy, which torch.compile cannot look into."""
+    return torch.ops.mkldnn._linear_pointwise(x, COPIES[weight.data_ptr()], None, "none", [], "")
+
+LIBRARY = torch.library.Library("octavo", "DEF")  # an operator of PyTorch's
+LIBRARY.define("multiply_packed(Tensor x, Tensor weight) -> Tensor")
+LIBRARY.impl("multiply_packed", multiply_packed, "CPU")
+LIBRARY.impl("multiply_packed", lambda x, weight: x.new_empty((*x.shape[:-1], len(weight))), "Meta")
+
+class Packed(Linear):
+    """Keep beside a matrix a copy in the order in which oneDNN multiplies a few rows.
+
+    The compiled step of a batch reads it 1.3 to 2 times as fast. A single row and a prompt read the matrix.
+    """
+
+    def forward(self, x):
+        if not is_compiled_on_cpu(x) or is_compiled_row(x) or x.dtype != self.weight.dtype:
+            return super().forward(x)
+        y = torch.ops.octavo.multiply_packed(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+class PackedHead(Head, Packed):
+    """Multiply by a packed output matrix, then do what `Head` does to the logits."""
+
+SMALL = 2**18  # weights of a matrix below which packing gains nothing
+ROOM = 2**30  # bytes of copies at most: a larger model is as large as the memory bears
+
+def pack_matrices(model, rows: int) -> None:
+    """Pack the matrices of a model on a CPU for steps of so many rows."""
+    kinds = {Linear: Packed, Head: PackedHead}
+    modules = [m for m in model.modules() if type(m) in kinds and m.weight.numel() >= SMALL]
+    bf16 = any(m.weight.dtype == torch.bfloat16 for m in modules)
+    if not torch.backends.mkldnn.is_available() or bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
+    if sum(m.weight.nbytes for m in modules) > ROOM:
+        return
+    for module in modules:
+        address = module.weight.data_ptr()
+        COPIES[address] = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows)
+        weakref.finalize(module, COPIES.pop, address)
+        module.__class__ = kinds[type(module)]
+
 # ---- A cache whose rows live by themselves, and the step that is compiled ----------------------------------
 
 class RowCache(Cache):
@@ -663,8 +711,10 @@ class Step:
         return graph, inputs, logits
 
     def span(self, n: int, limit: int) -> int:
-        """Round a number of slots up: few shapes on CUDA, where each is recorded; else 64 at a time."""
-        return min(max(256, 1 << (n - 1).bit_length()), round_up(limit)) if self.is_cuda else round_up(n)
+        """Round a number of slots up: few shapes on CUDA, where each is recorded; else 16 at a time."""
+        if self.is_cuda:
+            return min(max(256, 1 << (n - 1).bit_length()), round_up(limit))
+        return max(64, round_up(n, 16))
 
 # ---- Many texts at once ------------------------------------------------------------------------------------
 
@@ -705,6 +755,8 @@ class Engine:
         self.model = model
         self.device = weight.device
         self.step_rows = Step(model, compiled)
+        if compiled and rows > 1 and self.device.type == "cpu":
+            pack_matrices(model, rows)
         self.cache = RowCache(model.config, rows, slots, self.device, model.compute_dtype or weight.dtype)
         self.piece = piece  # tokens of prompts that a step reads while others write
         self.waiting: list[Request] = []
@@ -813,7 +865,7 @@ class Engine:
 
     def choose(self, logits, requests: list[Request]) -> None:
         """Choose a token for each text, those with the same settings together; note where a text ends."""
-        check(logits.isfinite().all(), NOT_FINITE)
+        check(logits.sum().isfinite(), NOT_FINITE)
         ids = torch.empty(len(requests), dtype=torch.int64, device=self.device)
         for choice in {request.choice for request in requests}:
             rows = [i for i, request in enumerate(requests) if request.choice == choice]
@@ -932,7 +984,7 @@ NOT_FINITE = "The model gives logits that are not numbers (NaN): try --dtype fp3
 
 def numbers(logits):
     """Return the logits, or refuse them: of NaN any token would be as good as another."""
-    check(logits.isfinite().all(), NOT_FINITE)
+    check(logits.sum().isfinite(), NOT_FINITE)
     return logits
 
 def stream(reader: Reader, logits, max_new_tokens: int, pick=greedy, stop=frozenset()) -> Iterator[int]:
