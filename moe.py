@@ -8,7 +8,7 @@
 A router scores the experts for each token, the best few compute, and their outputs are added by weight
 (Shazeer et al. 2017, 1701.06538). So a model has many parameters and a token meets few of them. Part I is
 the layer, II its place in configs, folders and logs, III the study of a trained one, IV the commands, V what
-makes the layer fast. Left out: experts on several ranks.
+makes the layer fast. parallel.py spreads experts over ranks.
 
 Mixtral: Jiang et al. 2024 (2401.04088). Qwen3-MoE: 2505.09388. DeepSeek-V2: 2405.04434, -V3: 2412.19437;
 shared and fine-grained experts: Dai et al. 2024 (2401.06066).

@@ -1,21 +1,25 @@
-"""Pretraining on many processes: data parallel (DDP, ZeRO-1/2/3) and tensor parallel, on PyTorch's engine.
+"""Pretraining on many processes: data, tensor, pipeline, context and expert parallel, on PyTorch's engine.
 
     torchrun --nproc-per-node 2 parallel.py                                  # DDP on two CPU cores or GPUs
     torchrun --nproc-per-node 4 parallel.py --dp 2 --tp 2 --zero 3           # sharded data, split matrices
     torchrun --nproc-per-node 4 parallel.py --resume out/python --dp 1 --tp 4  # go on, on another layout
-    python parallel.py plan --preset llama-2-70b --gpus 512 --memory 80      # which layouts fit
+    torchrun --nproc-per-node 2 parallel.py --pp 2 --show-schedule           # a pipeline, drawn as it ran
+    torchrun --nproc-per-node 8 parallel.py --pp 2 --tp 2 --zero 2           # three axes
+    torchrun --nproc-per-node 2 parallel.py --set n_expert=8 --ep 2          # experts on different ranks
+    python parallel.py plan --preset llama-2-70b --gpus 512 --tokens 2e12    # layouts, days, dollars
     python parallel.py export out/python                                     # join a stopped run's shards
 
 It trains what train.py trains, from the same data folder to the same checkpoint folder, and each can go on
 with the other's, but for --patience, --target-loss and --noise-scale, which end there. The processes form a
-grid (`AXES`); tensor parallelism talks in every layer and is innermost, where the links are fast, data
+grid (`AXES`): tensor parallelism talks in every layer and is innermost, where the links are fast, data
 parallelism talks once a step and is outermost.
 
 Part I says each idea in plain lines with bare collectives: column- and row-parallel matrices (Shoeybi et al.
-2019, 1909.08053), ZeRO-1, -2 and -3 (Rajbhandari et al. 2019, 1910.02054). Part II has their costs as
-formulas. Part III composes PyTorch's engine for the same: DDP (Li et al. 2020, 2006.15704), fully_shard
-(FSDP, Zhao et al. 2023, 2304.11277) and DTensor. The tests hold the three equal to each other and to one
-process. Left out: masked models (train.py has them, with DDP), and splitting the experts of a mixture.
+2019, 1909.08053), ZeRO-1, -2 and -3 (Rajbhandari et al. 2019, 1910.02054), pipelines, the pieces of a
+sequence, the exchange of experts' rows. Part II has layouts and their costs as formulas. Part III composes
+PyTorch's engine for the same: DDP (Li et al. 2020, 2006.15704), fully_shard (FSDP, Zhao et al. 2023,
+2304.11277), DTensor and torch.distributed.pipelining. The tests hold the three equal to each other and to one
+process. Left out: masked models (train.py has them, with DDP); offload to the host's memory or to disks.
 """
 
 import contextlib
@@ -182,7 +186,7 @@ def zero3_forward(layers: list, shards: list, x):
     return x
 
 class Pipe:
-    """Be one stage of a pipeline: rank r computes layers whose input comes from rank r-1, one batch at a time.
+    """Be one stage of a pipeline: rank r computes layers whose input comes from rank r-1.
 
     stage (x) -> y is this rank's part of the model; the last one's y is a loss. shape: of what passes between
     two stages, (B, T, C). What is sent is not waited for until the end: two ranks that send to each other,
@@ -223,7 +227,7 @@ class Pipe:
             work.wait()
 
 def gpipe(pipe: Pipe, m: int) -> None:
-    """Fill the pipeline with all m micro-batches, then drain it: m are stored (Huang et al. 2018, 1811.06965)."""
+    """Fill the pipeline with all m micro-batches, then drain it: m are stored (Huang 2018, 1811.06965)."""
     for i in range(m):
         pipe.forward(i)
     for i in range(m):
@@ -279,7 +283,7 @@ def exchange(experts, compute, x, chosen, weights, group=None):
     """Compute a mixture whose experts are dealt out: rows go to their experts' ranks and come back.
 
     GShard (Lepikhin et al. 2020, 2006.16668). experts: this rank's E/W of them; compute: moe.dispatch, as one
-    process has it. x (N, C), chosen (N, A) of all E, or E for a choice that was dropped, weights (N, A) -> (N, C).
+    process has it. x (N, C), chosen (N, A) of all E, or E for one that was dropped, weights (N, A) -> (N, C).
     """
     N, A = chosen.shape
     world = dist.get_world_size(group)
@@ -311,7 +315,7 @@ SCHEDULES = {
     "naive": (pipelining.ScheduleGPipe, 1),  # one micro-batch after the other: one rank works at a time
     "gpipe": (pipelining.ScheduleGPipe, 1),
     "1f1b": (pipelining.Schedule1F1B, 1),
-    "interleaved": (pipelining.ScheduleInterleaved1F1B, 2),  # smaller stages, and so a shorter fill (2104.04473)
+    "interleaved": (pipelining.ScheduleInterleaved1F1B, 2),  # smaller stages, a shorter fill (2104.04473)
     "zero-bubble": (pipelining.ScheduleInterleavedZeroBubble, 2),  # weights' gradients fill it (2401.10241)
 }
 
@@ -361,7 +365,7 @@ class Layout:
 
     @property
     def uses_ddp(self) -> bool:
-        """Tell whether DDP does: it takes no DTensors, and its hooks miss the backward passes of a pipeline."""
+        """Tell whether DDP does: it takes no DTensors, and its hooks miss a pipeline's backward passes."""
         return self.data > 1 and self.zero < 2 and self.pp == self.tp == self.ep == 1
 
     @property
@@ -376,8 +380,8 @@ class Layout:
         return f"{' x '.join([f'dp {self.dp}', *more, f'tp {self.tp}'])}, ZeRO-{self.zero}"
 
     def __str__(self) -> str:
-        more = {"--pp": self.pp, "--cp": self.cp, "--ep": self.ep}
-        return " ".join([f"--dp {self.dp}", *(f"{k} {n}" for k, n in more.items() if n > 1), f"--tp {self.tp}"])
+        more = [f"--{axis} {getattr(self, axis)}" for axis in ("pp", "cp", "ep") if getattr(self, axis) > 1]
+        return " ".join([f"--dp {self.dp}", *more, f"--tp {self.tp}"])
 
 # What torch.compile does not go with, and its name.
 UNCOMPILED = {
@@ -440,14 +444,14 @@ def check_layout(layout: Layout, world: int, config: Config) -> None:
           f"--replicate {layout.replicate} has to divide --dp {layout.dp}, and needs --zero 2 or 3.")
     check(layout.replicate == 1 or layout.ep == 1, "--replicate and --ep do not go together: leave one out.")
     plain = not config.post_norm and config.position != "learned"
-    check(not layout.sequence or plain, "--sequence-parallel knows no learned places and no norms after a block.")
+    check(not layout.sequence or plain, "--sequence-parallel knows no learned places or norms after a block.")
     check(not layout.sequence or (tp > 1 and config.seq_len // cp % tp == 0),
           f"--sequence-parallel needs --tp above 1 that divides the context of {config.seq_len // cp}.")
-    check(pp == 1 or zero < 3, "--zero 3 would gather a stage for each micro-batch of a pipeline: use --zero 2.")
+    check(pp == 1 or zero < 3, "--zero 3 would gather a stage for each micro-batch: with --pp use --zero 2.")
     check(cp == 1 or config.position != "alibi", "ALiBi's bias is not split by --cp: use --dp.")
     whole = config.n_expert and (config.balance == "loss" or config.capacity is not None)
-    check(cp == 1 or not whole, "Experts' balance loss and capacity are of whole sequences, which --cp splits: "
-          "--set balance=none, or bias, and no capacity.")
+    check(cp == 1 or not whole, "Experts' balance loss and capacity are of whole sequences, which --cp "
+          "splits: --set balance=none, or bias, and no capacity.")
 
 def default_micro_batch(layout: Layout, windows: int) -> int:
     """Choose micro-batches for a pipeline: about four for each stage, which leaves 16 to 20 % idle (1F1B)."""
@@ -456,19 +460,20 @@ def default_micro_batch(layout: Layout, windows: int) -> int:
     return mine // max(able, default=1)
 
 def check_micro_batches(layout: Layout, windows: int, micro_batch: int) -> int:
-    """Count the micro-batches of a rank's windows -> m; refuse what the schedule cannot do, name what it can."""
-    m, rest = divmod(windows // layout.dp, micro_batch)
+    """Count the micro-batches of a rank's windows -> m; refuse what a schedule does not take."""
+    mine = windows // layout.dp
+    m, rest = divmod(mine, micro_batch)
     if layout.pp == 1:
         return m + (rest > 0)
-    able = [n for n in range(1, windows // layout.dp + 1) if windows // layout.dp % n == 0]
+    able = [n for n in range(1, mine + 1) if mine % n == 0]
     if layout.schedule not in ("naive", "gpipe"):
         able = [n for n in able if n % layout.pp == 0]  # 1F1B: as many as stages; in rounds of p
     near = min(able, key=lambda n: abs(math.log(n / max(m, 1))), default=None)
-    check(near, f"{windows // layout.dp} sequences a rank do not make micro-batches for a pipeline of {layout.pp} "
-          f"stages: make --tokens-per-step a multiple of {layout.dp * layout.pp} sequences.")
-    check(not rest and m in able, f"--micro-batch {micro_batch} makes {windows / layout.dp / micro_batch:g} "
-          f"micro-batches of a rank's {windows // layout.dp} sequences, which {layout.schedule} on {layout.pp} "
-          f"stages does not take; the nearest that it takes is --micro-batch {windows // layout.dp // near}.")
+    check(near, f"{mine} sequences a rank do not make micro-batches for a pipeline of {layout.pp} stages: "
+          f"make --tokens-per-step a multiple of {layout.dp * layout.pp} sequences.")
+    check(not rest and m in able, f"--micro-batch {micro_batch} makes {mine / micro_batch:g} micro-batches "
+          f"of a rank's {mine} sequences, which {layout.schedule} on {layout.pp} ranks does not take; the "
+          f"nearest that it takes is --micro-batch {mine // near}.")
     return m
 
 @functools.cache
@@ -532,7 +537,7 @@ def zero_bytes(n: float, ranks: int, zero: int) -> tuple[float, float, float]:
 
 @functools.cache
 def count_parts(config: Config) -> tuple[dict, ...]:
-    """Count the parameters of each layer, {"all", "matrices", "experts"}, then of what is before and after."""
+    """Count each layer's parameters, {"all", "matrices", "experts"}, then of what is before and after."""
     with torch.device("meta"):
         model = Transformer(config)
     parts = []
@@ -547,7 +552,7 @@ def count_parts(config: Config) -> tuple[dict, ...]:
     return *parts, {"all": first, **none}, {"all": last, **none}
 
 def count_share(config: Config, layout: Layout, rank: int = 0) -> dict:
-    """Count the parameters of a rank of the pipeline, all of them in one piece: {"all", "matrices", "experts"}."""
+    """Count the parameters of a rank of the pipeline, in one piece: {"all", "matrices", "experts"}."""
     *layers, first, last = count_parts(config)
     if layout.stages == 1:
         parts = [*layers, first, last | {"all": config.n_embd} if config.tie else last]
@@ -565,10 +570,11 @@ def layer_matrices(model: nn.Module) -> dict[str, int]:
 def training_bytes(config: Config, B: int, T: int, layout: Layout, recompute=False, e=2, m=1, rank=0) -> dict:
     """Count the bytes that stand in a rank's memory when it trains on m micro-batches of B sequences.
 
-    {"parameters", "gathered", "gradients", "optimizer", "activations"}; e: bytes of an activation; rank: of the
-    pipeline. fully_shard keeps a shard beside what it has gathered: the whole model with ZeRO-2, embedding and
-    two blocks with ZeRO-3. Muon has one moment, and owners a copy of their matrices. Activations are what a
-    block's backward pass needs, where attention is not written out, for each micro-batch that is stored.
+    {"parameters", "gathered", "gradients", "optimizer", "activations"}; e: bytes of an activation; rank: of
+    the pipeline. fully_shard keeps a shard beside what it has gathered: the whole model with ZeRO-2,
+    embedding and two blocks with ZeRO-3. Muon has one moment, and owners a copy of their matrices.
+    Activations are what a block's backward pass needs, where attention is not written out, for each
+    micro-batch that is stored.
     """
     c, tp, cp, zero = config, layout.tp, layout.cp, layout.zero
     count = count_share(c, layout, rank)
@@ -608,7 +614,7 @@ def training_bytes(config: Config, B: int, T: int, layout: Layout, recompute=Fal
     mask = (1 + e) * (2 * cp + 1) * (T / (2 * cp)) ** 2 if cp > 1 else 0
     chunks = SCHEDULES[layout.schedule][1] if layout.pp > 1 else 1
     if layout.pp > 1 and layout.schedule == "zero-bubble":
-        at_once *= 1.4  # gradients inside of blocks wait with them for the weights' turn: 11 to 42 % (measured)
+        at_once *= 1.4  # gradients inside of blocks wait, too, for the weights' turn: 11 to 42 % (measured)
     return total | {"activations": e * N * kept * at_once / chunks + mask + 4 * logits}
 
 def communication(config: Config, N: int, layout: Layout, recompute=False, e=2, m=1) -> list[tuple]:
@@ -634,7 +640,7 @@ def communication(config: Config, N: int, layout: Layout, recompute=False, e=2, 
         whole = m * 4 * N * c.n_embd / pp  # float32 at either end of the model
         # three numbers a token for the loss, and the gradient of what the output matrix reads
         rows.append(("all_reduce", "tensor", m * (3 * 4 * N + low) / pp))
-        rows.append(("all_reduce", "tensor", m * sparse * 4 * N * c.n_expert_active))  # their weights' gradient
+        rows.append(("all_reduce", "tensor", m * sparse * 4 * N * c.n_expert_active))  # their gradients
         if layout.sequence:  # (to be computed again, what was split is gathered again)
             gathered = sent + m * (1 / pp + layers * recompute)
             rows.append(("all_gather", "tensor", gathered * low + whole))
@@ -683,7 +689,8 @@ class Machine:
     peak: float = 989e12  # products a second in bf16 (NVIDIA's data sheet, without sparsity)
     utilisation: float = 0.45  # of it, while a rank computes (Llama 3 reports 0.38 to 0.43 of a whole step)
     inside: float = 450e9  # bytes a second and direction within a node: NVLink 4
-    between: float = 50e9  # between nodes: a 400 Gbit/s InfiniBand card for each rank (100 Gbit/s Ethernet: 12.5e9)
+    between: float = 50e9  # between nodes: InfiniBand at 400 Gbit/s a rank (Ethernet at 100: 12.5e9)
+    itemsize: int = 2  # bytes of what is sent in a forward pass
 
     def speed(self, span: int) -> float:
         """Give the speed of a group that lies in so many ranks that follow each other."""
@@ -702,9 +709,10 @@ def step_seconds(config: Config, layout: Layout, machine: Machine, micro_batch: 
     idle = bubble(o.schedule, o.pp, m) if o.pp > 1 else 0.0
     found = {"compute": compute, "bubble": compute * idle / (1 - idle)}
     sizes = {"tensor": o.tp, "context": o.cp, "pipeline": o.pp, "expert": o.ep, "data": o.data}
-    spans = {"tensor": o.tp, "context": o.cp * o.tp, "pipeline": o.split, "expert": o.ep * o.split, "data": ranks}
+    spans = sizes | {"context": o.cp * o.tp, "pipeline": o.split, "expert": o.ep * o.split, "data": ranks}
     found |= dict.fromkeys(sizes, 0.0)
-    for name, axis, size in communication(config, micro_batch * config.seq_len // o.cp, o, recompute, 2, m):
+    for name, axis, size in communication(config, micro_batch * config.seq_len // o.cp, o, recompute,
+                                          machine.itemsize, m):
         axis = "data" if axis in ("replicate", "shard") else axis
         # in a ring a rank sends (W-1)/W of the whole, twice to add up; a stage sends all of it to one rank
         share = 1 if name == "send" else (sizes[axis] - 1) / sizes[axis] * (2 if name == "all_reduce" else 1)
@@ -712,10 +720,10 @@ def step_seconds(config: Config, layout: Layout, machine: Machine, micro_batch: 
     found["data"] = max(0.0, found["data"] - 2 / 3 * compute)
     return found
 
-def find_layouts(config: Config, ranks: int, machine: Machine, micro_batch: int, tokens: int, **fixed) -> list[dict]:
-    """List the layouts of so many ranks, by estimated seconds a step of so many tokens, with the GB on a rank.
+def find_layouts(config: Config, ranks: int, machine: Machine, micro_batch: int, tokens: int, **fixed):
+    """List layouts of so many ranks, by estimated seconds a step of so many tokens, with the GB on a rank.
 
-    fixed: fields of Layout that are given; the others are tried: pp and cp in powers of two, tp within a node.
+    fixed: fields of Layout that are given; the others are tried, axes in powers of two, tp within a node.
     """
     powers = [2**i for i in range(ranks.bit_length()) if ranks % 2**i == 0]
     tried = {
@@ -754,8 +762,8 @@ def find_layouts(config: Config, ranks: int, machine: Machine, micro_batch: int,
 class Grid:
     """Hold the processes as one array (`AXES`), and the meshes and groups that it is cut into.
 
-    weights: the mesh of what differs in weights, (replicate, shard, pipeline, tensor); ranks of one context are
-    data-parallel in it. experts: the same for the experts, of which ep ranks have different ones.
+    weights: the mesh of what differs in weights, (replicate, shard, pipeline, tensor); ranks of one context
+    are data-parallel in it. experts: the same for the experts, of which ep ranks have different ones.
     """
 
     def __init__(self, layout: Layout, config: Config, device: str):
@@ -819,7 +827,7 @@ class Stage(Transformer):
     context = None
 
     def forward(self, x, aux=None, *, targets=None, documents=None):
-        """Compute a stage: ids (B, T), or hidden (B, t, C) and the aux so far -> hidden or losses, and aux."""
+        """Compute ids (B, T), or hidden (B, t, C) and the aux so far -> hidden or losses, and aux."""
         T = self.config.seq_len
         positions = torch.arange(T, device=x.device)
         if self.context:
@@ -833,7 +841,8 @@ class Stage(Transformer):
     def masks(self, positions, doc_ids, trunk_ids, cache, T) -> dict:
         """Make the masks of a rank's two pieces of the sequence, each with the keys up to its own end."""
         if not self.context:
-            return super().masks(positions, doc_ids, trunk_ids, cache, T)
+            # (T would be a rank's part of the sequence, where norms are split along it)
+            return super().masks(positions, doc_ids, trunk_ids, cache, len(positions))
         k_pos = torch.arange(self.config.seq_len, device=positions.device)
         masks = {}
         for window in set(self.config.windows):
@@ -841,7 +850,8 @@ class Stage(Transformer):
             for q_pos in positions.chunk(2):
                 end = int(q_pos[-1]) + 1
                 documents = (None, None) if doc_ids is None else (doc_ids[:, q_pos], doc_ids[:, :end])
-                mask = visible(q_pos, k_pos[:end], *documents, window=window, n_global=self.config.global_tokens)
+                more = {"window": window, "n_global": self.config.global_tokens}
+                mask = visible(q_pos, k_pos[:end], *documents, **more)
                 masks[window].append(mask if mask.dim() == 3 else mask.unsqueeze(0))
         return masks
 
@@ -862,7 +872,7 @@ class ContextKeys:
         return *args[:-1], self
 
 class SplitExperts(nn.Module):
-    """Hold this rank's experts of a layer in the place of all, and compute the mixture with the other ranks."""
+    """Hold this rank's experts in the place of all, and compute the mixture with the other ranks."""
 
     def __init__(self, experts: dict, ep, tp):
         super().__init__()
@@ -880,7 +890,10 @@ class SplitExperts(nn.Module):
         if self.tp:  # each rank has a part of every expert's width, as in `split_block`
             x = _Copy.apply(x, self.tp)
             weights = _Copy.apply(weights, self.tp)
-        y = exchange(self, compute, x, chosen, weights, self.ep) if self.ep else compute(self, x, chosen, weights)
+        if self.ep:
+            y = exchange(self, compute, x, chosen, weights, self.ep)
+        else:
+            y = compute(self, x, chosen, weights)
         return _Reduce.apply(y, self.tp) if self.tp else y
 
 class LocalLinear(Linear):
@@ -936,7 +949,7 @@ def split_tensors(model: Transformer, mesh, sequence: bool) -> None:
                     output_layouts=(whole, None), desired_output_layouts=(between, None))
         if not block.sparse or block.mlp.shared_experts is not None:
             plan[mlp] = styles.PrepareModuleInput(input_layouts=(at,), desired_input_layouts=(whole,))
-            plan |= {f"{mlp}.{name}_proj": columns for name in ("gate", "up") if model.config.gated or name == "up"}
+            plan |= {f"{mlp}.{name}_proj": columns for name in ["gate"] * model.config.gated + ["up"]}
             plan[f"{mlp}.down_proj"] = styles.RowwiseParallel(output_layouts=at)
         if model.config.qk_norm:
             heads = styles.SequenceParallel(sequence_dim=2, use_local_output=True)
@@ -947,7 +960,8 @@ def split_tensors(model: Transformer, mesh, sequence: bool) -> None:
         styles.parallelize_module(block, mesh, plan)
     plan = {}
     if hasattr(model, "embed_tokens"):
-        plan["embed_tokens"] = styles.RowwiseParallel(input_layouts=whole, output_layouts=between)  # part of ids
+        # each rank looks up a part of the ids
+        plan["embed_tokens"] = styles.RowwiseParallel(input_layouts=whole, output_layouts=between)
     if model.last:
         plan["lm_head"] = styles.ColwiseParallel(input_layouts=whole, use_local_output=False)
     if sequence and model.last:
@@ -958,7 +972,7 @@ def split_tensors(model: Transformer, mesh, sequence: bool) -> None:
     model.tie_weights()
 
 class Share(nn.Module):
-    """Show the stages of a rank as one model: their parameters under the names that they have in the whole."""
+    """Show the stages of a rank as one model: their parameters have the names of the whole."""
 
     def __init__(self, stages: list[Stage]):
         super().__init__()
@@ -973,11 +987,11 @@ class Share(nn.Module):
 def parallelize(config: Config, o, grid: Grid, device: torch.device):
     """Build a rank's shares of a model -> (model, the module to call).
 
-    The order: (1) pipeline, context and tensor parallelism, since they decide what a rank's layers, tokens and
-    matrices are; (2) recomputation inside of the rest, so that a block that is computed again also sends again;
-    (3) compile one block at a time (not where matrices are split); (4) data parallelism around the blocks: its
-    gathers and hooks stay out of the compiled code and can run ahead of it. Filled when it is sharded: one
-    whole tensor at a time.
+    The order: (1) pipeline, context, expert and tensor parallelism, since they decide what a rank's layers,
+    tokens and matrices are; (2) recomputation inside of the rest, so that a block that is computed again also
+    sends again; (3) compile one block at a time (not where matrices are split); (4) data parallelism around
+    the blocks: its gathers and hooks stay out of the compiled code and can run ahead of it. Filled when it is
+    sharded: one whole tensor at a time.
     """
     layout = grid.layout
     stages = []
@@ -1142,14 +1156,16 @@ class Pipeline:
         for i, some in enumerate(batches):
             for stage in self.stages:
                 stage.before = i
-            x, y, documents = (None if parts[0] is None else torch.cat(parts) for parts in zip(*some, strict=True))
-            more = {"targets": y} if documents is None else {"targets": y, "documents": documents}
+            x, y = (torch.cat([batch[part] for batch in some]) for part in (0, 1))
+            more = {"targets": y}
+            if some[0][2] is not None:
+                more["documents"] = torch.cat([documents for _, _, documents in some])
             self.schedule.step(*[x] * self.takes_ids, target=y, return_outputs=False, **more)
         return self.parts[-self.m :]  # (before its first step the engine tries what shapes there are)
 
     @torch.no_grad()
     def losses(self, x, y, documents):
-        """Compute the losses of one batch, stage by stage -> (B, T) on the last stage's ranks, zeros elsewhere."""
+        """Compute the losses of one batch, stage by stage -> (B, T) on the last stage's ranks, else 0."""
         layout, ranks = self.grid.layout, self.grid.pipe_ranks
         result = torch.zeros(y.shape, device=y.device)
         for i in range(layout.stages):
@@ -1177,10 +1193,10 @@ class Pipeline:
         return lower if self.grid.layout.uses_fsdp else torch.float32
 
 def place_actions(actions: list[list[tuple]]) -> list[list[tuple]]:
-    """Place what ranks do into time slots, each as early as its input is there -> a row of slots for each rank.
+    """Place what ranks do into time slots, each as early as its input is there -> a row of slots a rank.
 
-    actions: of each rank in order, (kind, stage, micro-batch). F takes a slot, B two; I and W one each. A slot
-    is None where the rank waits.
+    actions: of each rank in order, (kind, stage, micro-batch). F takes a slot, B two; I and W one each. A
+    slot is None where the rank waits.
 
     >>> for row in place_actions([[("F", 0, 0), ("B", 0, 0)], [("F", 1, 0), ("B", 1, 0)]]):
     ...     print(*("." if slot is None else slot[0] for slot in row))
@@ -1197,7 +1213,11 @@ def place_actions(actions: list[list[tuple]]) -> list[list[tuple]]:
             if at[rank] == len(mine):
                 continue
             kind, stage, i = action = mine[at[rank]]
-            needs = {"F": [("F", stage - 1, i)] * (stage > 0), "W": []}.get(kind, [("B", stage + 1, i)] * (stage < last))
+            needs = []
+            if kind == "F" and stage > 0:
+                needs = [("F", stage - 1, i)]
+            if kind in "BI" and stage < last:
+                needs = [("B", stage + 1, i)]
             if not all(need in done for need in needs):
                 continue
             start = max([len(rows[rank]), *(done[need] for need in needs)])
@@ -1230,9 +1250,8 @@ def show_schedule(pipeline: Pipeline) -> None:
     dist.all_gather_object(actions, pipeline.actions, group=pipeline.grid.pipe)
     rows = place_actions(actions)
     colors = {"F": "black on cyan", "B": "black on green", "I": "black on green", "W": "black on yellow"}
-    say(f"{layout.schedule}: {pipeline.m} micro-batches on {layout.pp} ranks, in the order of this step. F forward, "
-        "B backward, I and W backward to the input and to the weights; capitals and small letters are a rank's "
-        "first and second stage")
+    say(f"{layout.schedule}: {pipeline.m} micro-batches on {layout.pp} ranks, as this step had them. F "
+        "is forward, B backward; I, W backward to the input, to the weights. Small letters: its second stage")
     for rank, row in enumerate(rows):
         line = Text(f"rank {rank} ")
         for slot in row:
@@ -1243,9 +1262,10 @@ def show_schedule(pipeline: Pipeline) -> None:
             line.append(f" {kind if stage < layout.pp else kind.lower()}{i:<2}", colors[kind])
         if dist.get_rank() == 0:
             console().print(line, soft_wrap=True)
-    say(f"Idle: {idle_share(rows):.1%} of the slots, {bubble(layout.schedule, layout.pp, pipeline.m):.1%} by formula. "
-        f"Micro-batches stored at most on each rank: {', '.join(str(most_stored(a)) for a in actions)}"
-        + (" (of a stage, two of which make a rank's share)." if layout.stages > layout.pp else "."))
+    formula = bubble(layout.schedule, layout.pp, pipeline.m)
+    most = ", ".join(str(most_stored(mine)) for mine in actions)
+    say(f"Idle: {idle_share(rows):.1%} of the slots, {formula:.1%} by formula. Micro-batches that stood in "
+        f"memory at most, on each rank: {most}" + " (of half a rank's layers)." * (layout.stages > layout.pp))
 
 def assign_owners(sizes: dict[str, int], ranks: list[int]) -> list[dict[str, int]]:
     """Deal matrices out to ranks, the largest first, in turn -> rounds of {name: owner}.
@@ -1403,7 +1423,8 @@ def show_communication(sent: CommunicationCounter, formulas: list[tuple]) -> Non
         parts = planned.get(name, [])
         axes = ", ".join(dict.fromkeys(axis for axis, _ in parts))
         if mean or parts:
-            say(f"  {name:14} {mean / 1e6:12.3f} MB   {sum(size for _, size in parts) / 1e6:12.3f} MB  {axes}")
+            formula = sum(size for _, size in parts)
+            say(f"  {name:14} {mean / 1e6:12.3f} MB   {formula / 1e6:12.3f} MB  {axes}")
 
 # ---- Checkpoints: sharded and in the background while it runs, whole at the end ----------------------------
 
@@ -1547,7 +1568,8 @@ class Options(TrainOptions):
                                     one_of=SCHEDULES)] = "1f1b"
     cp: Annotated[int, opt("Layout", "Ranks that have different parts of a sequence.", low=1)] = 1
     ep: Annotated[int, opt("Layout", "Ranks that have different experts, among those of --dp.", low=1)] = 1
-    show_schedule: Annotated[bool, opt("Run", "Draw what each rank of a pipeline did.", "--show-schedule")] = False
+    show_schedule: Annotated[bool, opt("Run", "Draw what the ranks of a pipeline do.",
+                                       "--show-schedule")] = False
     count_communication: Annotated[bool, opt("Run", "Print what a step sends, and the formulas.",
                                              "--count-communication")] = False
     timeout: Annotated[float, opt("Layout", "Seconds until a silent rank counts as dead.", above=0)] = 600.0
@@ -1583,7 +1605,7 @@ def join_processes(device: str, timeout: float) -> Ranks:
     return ranks
 
 def open_model(o: Options, config: Config, layout: Layout, ranks: Ranks, m: int):
-    """Build a rank's shares -> (grid, model, module to call, optimizer): new, of --init, or as a run left them."""
+    """Build a rank's shares -> (grid, model, what to call, optimizer): new, of --init, or of a run."""
     grid = Grid(layout, config, ranks.device.type)
     model, forward = parallelize(config, o, grid, ranks.device)
     if layout.pp > 1:
@@ -1660,7 +1682,8 @@ def train(o: Options) -> dict:
         o.micro_batch = default_micro_batch(layout, windows)
     derive(o, config, layout.dp, ranks.device)
     m = check_micro_batches(layout, windows, o.micro_batch)
-    check(not o.show_schedule or layout.pp > 1, "--show-schedule draws a pipeline: it needs --pp above 1.")
+    shown = o.show_schedule and layout.pp > 1  # (a run that goes on without a pipeline has the option still)
+    check(shown or o.resume or not o.show_schedule, "--show-schedule draws a pipeline: it needs --pp.")
     for others, why in UNCOMPILED.items():  # neither has a compiled backward pass in 2.13
         if o.compile == "on" and others(layout):
             say(f"torch.compile does not go with {why} here; going on without it.")
@@ -1671,7 +1694,8 @@ def train(o: Options) -> dict:
     # 2. What a step needs, and what surrounds it
     grid, model, forward, optimizer = open_model(o, config, layout, ranks, m)
     # ranks that split one model read the same tokens
-    batches = Batches(sources, weights, o, config.seq_len, ranks.device, grid.data, layout.dp, saved.get("taken"))
+    part = grid.data, layout.dp
+    batches = Batches(sources, weights, o, config.seq_len, ranks.device, *part, saved.get("taken"))
     tokenizer = Path(o.resume or o.init or sources[0].folder, "tokenizer.json")  # its folder's template too
     saver = Saver(o.out, model, optimizer, tokenizer)
     moe = load_moe() if config.n_expert else None
@@ -1694,19 +1718,21 @@ def train(o: Options) -> dict:
             targets = targets / layout.split
             torch.manual_seed(seed_of(o.seed, step, grid.data))  # of dropout
             second = step == saved.get("at", 0) + 1  # (in the first the engine tries what shapes there are)
-            with CommunicationCounter() if second and o.count_communication else contextlib.nullcontext() as sent:
-                loss, aux = gradients_of_step(forward, model, grid, micro_batches, targets, windows, run.scale)
-            if second and o.show_schedule:
+            sent = CommunicationCounter() if second and o.count_communication else contextlib.nullcontext()
+            with sent:
+                parts = micro_batches, targets, windows
+                loss, aux = gradients_of_step(forward, model, grid, *parts, run.scale)
+            if second and shown:
                 show_schedule(forward)
             grad_norm = clip_gradients(model, grid, o.grad_clip, run.scale)
             loss, aux = sum_over_ranks(loss / layout.tp), sum_over_ranks(aux / layout.tp)
             routing = moe.routing_record(aux, config) if moe else {}
             tokens = windows * config.seq_len
-            with sent if sent else contextlib.nullcontext():
+            with sent:
                 updated = run.update(optimizer, lr, loss=loss, grad_norm=grad_norm, tokens=tokens, **routing)
             if updated and moe:
                 moe.shift_bias(model, aux)
-            if sent:
+            if second and o.count_communication:
                 B, T = micro_batches[0][0].shape
                 costs = layout, o.recompute, model_dtype(model).itemsize, m
                 show_communication(sent, communication(config, B * T // layout.cp, *costs))
@@ -1735,7 +1761,7 @@ def assess(o: Options, grid: Grid, model, forward, val: list[Tokens], weights, l
     layout = grid.layout
 
     def losses(x, y, documents):
-        """Compute (B, T): sums over the ranks that read the same are those of one process, times their number."""
+        """Compute (B, T): the sum over ranks that read the same is one process's, times their number."""
         with split_vocabulary(layout):
             if layout.pp > 1:
                 found = full(forward.losses(x, y, documents)) * layout.pp
@@ -1771,24 +1797,25 @@ def plan(
     zero: Annotated[int | None, opt("", "The same.", low=0)] = None,
     pp_schedule: Annotated[str | None, opt("", "The same.", one_of=tuple(SCHEDULES))] = None,
     tokens_per_step: Annotated[int, opt("", "Tokens of a step, over all ranks.", low=1)] = 4_194_304,
-    tokens: Annotated[float | None, typer.Option(help="Of the whole run; 20 a parameter if not given.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Of the whole run; by default 20 a parameter.")] = None,
     peak: Annotated[float, opt("", "Of a rank, TFLOP/s in bf16: H100's.", above=0)] = 989.0,
     utilisation: Annotated[float, opt("", "Share of it, while a rank computes.", above=0)] = 0.45,
     nvlink: Annotated[float, opt("", "GB/s and direction within a node: NVLink 4.", above=0)] = 450.0,
-    network: Annotated[float, opt("", "GB/s of a rank between nodes: InfiniBand at 400 Gbit/s; Ethernet at 100 "
-                                  "Gbit/s has 12.5.", above=0)] = 50.0,
+    network: Annotated[float, opt("", "GB/s of a rank between nodes: InfiniBand at 400 Gbit/s; 12.5 for "
+                                  "Ethernet at 100.", above=0)] = 50.0,
     price: Annotated[float, opt("", "Dollars for a GPU and hour.", above=0)] = 2.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a layout.")] = False,
 ) -> None:
     """Rank the layouts that fit by estimated time of a step; days and dollars of the whole run.
 
-    Activations in bf16, optimizer in fp32. `--preset llama-2-70b --tokens 2e12` answers the interview question,
-    `--preset gpt-3-175b --pp 8 --tp 8` the textbook's example.
+    Activations in bf16, optimizer in fp32. `--preset llama-2-70b --tokens 2e12` answers the interview
+    question, `--preset gpt-3-175b --dp 8 --pp 8 --tp 8 --tokens-per-step 2097152` the textbook's example.
     """
     from rich.table import Table
 
     known = preset in PRESETS and PRESETS[preset].vocab_size
-    config = resize(preset, seq_len=seq_len, vocab_size=-(-(known or 4096) // 64) * 64)  # padded, so that it divides
+    padded = -(-(known or 4096) // 64) * 64  # so that it divides
+    config = resize(preset, seq_len=seq_len, vocab_size=padded)
     machine = Machine(per_node, memory * 1e9, peak * 1e12, utilisation, nvlink * 1e9, network * 1e9)
     check(gpus <= 2**20, f"--gpus is {gpus}; the plan is for up to a million ranks.")
     check(tokens is None or 0 < tokens < 1e18, f"--tokens is {tokens}; it has to be above 0, below 10^18.")
@@ -1797,8 +1824,8 @@ def plan(
     layouts = [row for row in layouts if dp in (None, row["dp"])]
     asked = Layout(gpus // ((tp or 1) * (pp or 1) * (cp or 1)), tp or 1, pp=pp or 1, cp=cp or 1, ep=ep or 1)
     why = misfits(asked, gpus, config) or ["the step's sequences do not divide: more --tokens-per-step"]
-    check(layouts, f"No layout of {gpus} ranks has what was asked for, with steps of {tokens_per_step} tokens in "
-          f"micro-batches of {micro_batch} x {config.seq_len}: {why[0]}.")
+    check(layouts, f"No layout of {gpus} ranks has what was asked for, with steps of {tokens_per_step} "
+          f"tokens in micro-batches of {micro_batch} x {config.seq_len}: {why[0]}.")
     fitting = [row for row in layouts if row["memory"] <= machine.memory]
     least = min(row["memory"] for row in layouts) / 1e9
     check(fitting, f"Nothing fits; the least is {least:.1f} GB: more ranks, or a shorter --seq-len.")
@@ -1807,8 +1834,9 @@ def plan(
             print(json.dumps(row))
         return
     n = count_params(config)[0]
-    say(f"{preset}: {n / 1e9:.2f}B parameters on {gpus} ranks; a step of {tokens_per_step / 1e6:.2f}M tokens, in "
-        f"micro-batches of {micro_batch} x {config.seq_len}; {len(fitting)} of {len(layouts)} layouts fit")
+    say(f"{preset}: {n / 1e9:.2f}B parameters on {gpus} ranks; a step of {tokens_per_step / 1e6:.2f}M "
+        f"tokens, in micro-batches of {micro_batch} x {config.seq_len}; {len(fitting)} of {len(layouts)} "
+        "layouts fit")
     parts = ("seconds", "compute", "bubble", "tensor", "context", "pipeline", "expert", "data")
     names = "dp pp cp ep tp ZeRO schedule again m GB s".split() + list(parts[1:])
     rows = []
@@ -1816,7 +1844,8 @@ def plan(
         cells = ["yes" if value is True else str(value or 0) for value in list(row.values())[:9]]
         rows.append([*cells, f"{row['memory'] / 1e9:.1f}", *(f"{row[name]:.3g}" for name in parts)])
     used = [i for i in range(len(names)) if any(row[i] not in ("0", "1") for row in rows)]
-    table = Table(*(names[i] for i in used), title="GB on a rank, seconds of a step", box=None, padding=(0, 1, 0, 0))
+    title = "GB on a rank, seconds of a step"
+    table = Table(*(names[i] for i in used), title=title, box=None, padding=(0, 1, 0, 0))
     for row in rows:
         table.add_row(*("" if row[i] == "0" else row[i] for i in used))
     console().print(table)
@@ -1824,8 +1853,9 @@ def plan(
     seconds = steps * fitting[0]["seconds"]
     hours = gpus * seconds / 3600
     mfu = flops_per_token(config) * tokens_per_step / gpus / machine.peak / fitting[0]["seconds"]
-    say(f"The first: {steps * tokens_per_step / 1e9:,.0f}B tokens are {steps:,.0f} steps in {seconds / 86400:.1f} "
-        f"days, {hours:,.0f} GPU-hours, {hours * price:,.0f} dollars at {price:g} an hour, {mfu:.0%} of the peak.")
+    say(f"The first: {steps * tokens_per_step / 1e9:,.0f}B tokens are {steps:,.0f} steps in "
+        f"{seconds / 86400:.1f} days, {hours:,.0f} GPU-hours, {hours * price:,.0f} dollars at {price:g} an "
+        f"hour, {mfu:.0%} of the peak.")
 
 def export(folder: Annotated[Path, typer.Argument(help="The folder of a run that was stopped.")]) -> None:
     """Join the shards of a folder: then transformers opens it, and train.py --resume goes on with it."""

@@ -78,10 +78,11 @@ SPLIT_EXPERTS = {
     "tp 2 x pp 2": {"tp": 2, "pp": 2},
     "tp 4, sequence": {"tp": 4, "sequence_parallel": True},
 }
+DATA_AND_TENSOR = tuple(LAYOUTS[4])
 LAYOUTS[4] |= PIPELINES | CONTEXTS | SPLIT_EXPERTS
 SHORT = {"muon": ("zero-3", "zero-1 x tp 2"),
          "adamw": ("ddp", "zero-1", "zero-2", "zero-3 x tp 2", "tp 4, sequence", "replicate x shard")}
-LONG = {"muon": tuple(LAYOUTS[4]), "adamw": tuple(LAYOUTS[4]), "experts, muon": ("ddp", "zero-1", "zero-3"),
+LONG = {"muon": DATA_AND_TENSOR, "adamw": DATA_AND_TENSOR, "experts, muon": ("ddp", "zero-1", "zero-3"),
         "experts, adamw": ("ddp", "zero-1", "zero-3"),
         "adamw, accumulate": ("ddp", "zero-2", "zero-3 x tp 2")}
 EIGHT = {"muon, accumulate": ("dp 2 x pp 2 x tp 2",), "adamw, accumulate": tuple(LAYOUTS[8])}
@@ -90,10 +91,10 @@ EIGHT = {"muon, accumulate": ("dp 2 x pp 2 x tp 2",), "adamw, accumulate": tuple
 DEEP = {"n_layer": 8, "micro_batch": 1, "optimizer": "adamw"}
 PP = {"deep": (*(f"pp 4, {name}" for name in parallel.SCHEDULES), "dp 2 x pp 2, 1f1b", "zero-2 x pp 2",
                "zero-2 x pp 2, interleaved", "zero-2 x pp 2, zero-bubble", "tp 2 x pp 2, sequence"),
-      "deep, untied": ("pp 4, 1f1b",), "deep, recompute": ("pp 4, 1f1b", "pp 4, zero-bubble"),
+      "deep, untied": ("pp 4, 1f1b",), "windows, sequence": ("tp 2 x pp 2, sequence",), "deep, recompute": ("pp 4, 1f1b", "pp 4, zero-bubble"),
       "deep, muon": ("pp 4, 1f1b", "zero-1 x pp 2", "tp 2 x pp 2")}
 CP = {"adamw, accumulate": tuple(CONTEXTS), "muon": ("dp 2 x cp 2", "zero-3 x cp 2"), "windows, documents": ("cp 4", "pp 2 x cp 2"),
-      "experts, context": ("dp 2 x cp 2", "pp 2 x cp 2")}
+      "experts, context": ("dp 2 x cp 2", "pp 2 x cp 2"), "latent": ("cp 4",)}
 FAMILIES = {"gpt": ("zero-3 x tp 2", "tp 2 x pp 2"), "gemma": ("tp 4", "pp 2 x cp 2")}
 EP = {"experts, accumulate": ("ep 4", "zero-2 x ep 2", "zero-3 x ep 2", "zero-3 x tp 2", "ep 2 x tp 2", "ep 2 x pp 2",
                               "tp 4, sequence"),
@@ -112,6 +113,9 @@ CASES = {
     "deep, recompute": DEEP | {"recompute": True},
     "deep, muon": DEEP | {"optimizer": "muon", "lr": 3e-4, "n_layer": 4},
     "windows, documents": {"optimizer": "adamw", "micro_batch": 4, "doc_mask": True, "set": ["window=12"]},
+    "latent": {"optimizer": "adamw", "micro_batch": 4, "set": [
+        "qk_norm=false", "kv_rank=16", "nope_dim=8", "rope_dim=8", "v_dim=16"]},
+    "windows, sequence": DEEP | {"n_layer": 4, "set": ["window=12"]},
     "experts, context": {"optimizer": "adamw", "micro_batch": 4,
                          "set": ["n_expert=4", "balance=bias", "router=sigmoid", "router_bias=true"]},
     "muon": {"lr": 3e-4},

@@ -81,7 +81,7 @@ def test_all_layouts_equal_one_process(measure):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job, count", [("pipelines", 16), ("contexts", 12), ("experts", 12), ("families", 4)])
+@pytest.mark.parametrize("job, count", [("pipelines", 17), ("contexts", 13), ("experts", 12), ("families", 4)])
 def test_pipelines_contexts_and_experts_equal_one_process(job, count, measure):
     results = measure(4, job)[job]
     assert len(results) == count
@@ -212,10 +212,16 @@ def test_resharding_and_the_whole_folder(data, tmp_path):
     out = tmp_path / "run"
     code, _, err = command("parallel.py", *args, "--out", out, "--max-steps", 3, ranks=4, env=ONE)
     assert code == 0, err
-    for steps, axes, said in ((5, ["--tp", 2, "--pp", 2, "--micro-batch", 2], "pp 2 (1f1b, 4 micro-batches) x tp 2"),
+    shown = ["--show-schedule", "--count-communication"]
+    for steps, axes, said in ((5, ["--tp", 2, "--pp", 2, "--micro-batch", 2, *shown], "pp 2 (1f1b, 4 micro-batches) x tp 2"),
                               (7, ["--tp", 1, "--pp", 1, "--cp", 2, "--zero", 3], "dp 2 x cp 2 x tp 1, ZeRO-3")):
         code, _, err = command("parallel.py", "--resume", out, "--max-steps", steps, *axes, ranks=4, env=ONE)
         assert code == 0 and said in err, err
+        if "--pp" in axes and shown[0] in axes:
+            assert err.count("rank 1   .  F0  B0  B0  F1  B1  B1") == 1  # drawn once, of the real order
+            assert "Idle: 20.0% of the slots, 20.0% by formula" in err and "on each rank: 2, 1" in err
+            sent = [line.split() for line in err.splitlines() if line.startswith("  send ")]
+            assert len(sent) == 1 and sent[0][1] == sent[0][3] != "0.000"  # as counted, as by formula
     code, _, err = command("train.py", "--resume", out, "--max-steps", 9, env=ONE)
     assert code == 0, err
     assert losses(out) == pytest.approx(losses(tmp_path / "one"), abs=2e-3)  # Muon's bf16

@@ -22,7 +22,7 @@ STAGE = {"--max-steps": "2", "--batch-size": "2", "--eval-interval": "1"}
 PLAY = {**STAGE, "--samples": "2", "--max-new-tokens": "16"}
 TINY = {  # script and command -> options that make it small; those that are shown are replaced
     "train.py": STEPS | SHAPE | {"--eval-tokens": "256"},
-    "parallel.py": STEPS | SHAPE,
+    "parallel.py": STEPS | SHAPE | {"--n-layer": "2"},
     "sample.py": {"--max-new-tokens": "8"},
     "sample.py serve": {"--port": "0"},
     "moe.py study": {"--tokens": "500", "--off-tokens": "128"},
