@@ -78,17 +78,17 @@ SPLIT_EXPERTS = {
     "tp 2 x pp 2": {"tp": 2, "pp": 2},
     "tp 4, sequence": {"tp": 4, "sequence_parallel": True},
 }
-DATA_AND_TENSOR = tuple(LAYOUTS[4])
 LAYOUTS[4] |= PIPELINES | CONTEXTS | SPLIT_EXPERTS
 SHORT = {"muon": ("zero-3", "zero-1 x tp 2"),
          "adamw": ("ddp", "zero-1", "zero-2", "zero-3 x tp 2", "tp 4, sequence", "replicate x shard")}
-LONG = {"muon": DATA_AND_TENSOR, "adamw": DATA_AND_TENSOR, "experts, muon": ("ddp", "zero-1", "zero-3"),
-        "experts, adamw": ("ddp", "zero-1", "zero-3"),
-        "adamw, accumulate": ("ddp", "zero-2", "zero-3 x tp 2")}
-EIGHT = {"muon, accumulate": ("dp 2 x pp 2 x tp 2",), "adamw, accumulate": tuple(LAYOUTS[8])}
+LONG = {"muon": ("ddp", "zero-1", "zero-2", "tp 2", "tp 4, sequence", "zero-2 x tp 2, sequence", "replicate x shard"),
+        "adamw": ("zero-3", "tp 2", "zero-1 x tp 2", "zero-2 x tp 2, sequence"), "experts, muon": ("zero-1",),
+        "experts, adamw": ("ddp", "zero-3"), "adamw, accumulate": ("ddp", "zero-2", "zero-3 x tp 2")}
+EIGHT = {"muon, accumulate": ("dp 2 x pp 2 x tp 2",), "adamw, accumulate": tuple(LAYOUTS[8])[2:],
+         "muon": ("replicate x shard x tp",)}
 
-# Sixteen micro-batches a step on four ranks of data; stages need layers.
-DEEP = {"n_layer": 8, "micro_batch": 1, "optimizer": "adamw"}
+# Eight micro-batches a step, four a rank on two ranks of data; stages need layers.
+DEEP = {"n_layer": 8, "micro_batch": 2, "optimizer": "adamw"}
 PP = {"deep": (*(f"pp 4, {name}" for name in parallel.SCHEDULES), "dp 2 x pp 2, 1f1b", "zero-2 x pp 2",
                "zero-2 x pp 2, interleaved", "zero-2 x pp 2, zero-bubble", "tp 2 x pp 2, sequence"),
       "deep, untied": ("pp 4, 1f1b",), "windows, sequence": ("tp 2 x pp 2, sequence",), "deep, recompute": ("pp 4, 1f1b", "pp 4, zero-bubble"),

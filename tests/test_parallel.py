@@ -76,7 +76,7 @@ def test_layouts_equal_one_process(found):
 @pytest.mark.slow
 def test_all_layouts_equal_one_process(measure):
     results = measure(4, "long")["long"]
-    assert len(results) == 11 + 11 + 3 + 3 + 3
+    assert len(results) == 7 + 4 + 1 + 2 + 3
     assert_equal(results)
 
 
@@ -101,7 +101,7 @@ def test_pipelines_contexts_and_experts_equal_one_process(job, count, measure):
 @pytest.mark.slow
 def test_three_axes_on_eight(measure):
     results = measure(8, "eight")["eight"]
-    assert len(results) == 6
+    assert len(results) == 5
     assert_equal(results)
 
 
@@ -113,9 +113,11 @@ def test_idle_slots_and_memory_as_planned(measure):
         assert r["idle"] == pytest.approx(r["bubble"]), name
         for rank in r["ranks"]:
             assert rank["stored"] == rank["formula"], (name, r)
-            near = rank["measured"] / rank["planned"]
-            low, high = {"zero-bubble": (0.8, 1.05), "tp 4, experts": (0.95, 1.1)}.get(name, (0.95, 1.05))
-            assert low < near < high, (name, near)
+        near = [rank["measured"] / rank["planned"] for rank in r["ranks"]]
+        if name == "ep 4":  # a rank has as many rows as tokens have chosen its experts: the plan is the mean
+            near = [sum(near) / len(near)]
+        low, high = {"zero-bubble": (0.8, 1.05), "tp 4, experts": (0.95, 1.1)}.get(name, (0.95, 1.05))
+        assert low < min(near) and max(near) < high, (name, near)
     stored = {name: [rank["stored"] for rank in r["ranks"]] for name, r in results.items()}
     assert stored["1f1b"] == [4, 3, 2, 1] and stored["gpipe"] == [8] * 4 and stored["naive"] == [1] * 4
     assert results["gpipe"]["bubble"] == results["1f1b"]["bubble"] == 3 / 11

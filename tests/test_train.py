@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import itertools
 import json
+import os
 import math
 import random
 import shutil
@@ -408,10 +409,13 @@ def test_a_killed_command_resumes_to_the_same_bits(data, tmp_path):
     assert kill_and_resume(data, tmp_path / "cut", 2, 0, **sizes) == (2, weights(tmp_path / "whole"))
 
 
+KILLS = int(os.environ.get("OCTAVO_KILLS", 8))  # 20 of them take a minute and a half
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("changes, n", [({}, 20), ({"optimizer": "adamw", "dtype": "fp32", "micro_batch": 3}, 8)],
+@pytest.mark.parametrize("changes, n", [({}, KILLS), ({"optimizer": "adamw", "dtype": "fp32", "micro_batch": 3}, KILLS // 2)],
                          ids=["muon bf16", "adamw fp32"])
-def test_twenty_kills(data, tmp_path, changes, n):
+def test_many_kills(data, tmp_path, changes, n):
     sizes = {"max_steps": 30 * n, "save_interval": 2, "eval_interval": 500, **changes}  # half of it are saves
     train.train(options(data, tmp_path / "whole", **sizes))
     assert kill_and_resume(data, tmp_path / "cut", n, 1, **sizes) == (n, weights(tmp_path / "whole"))
