@@ -1582,7 +1582,7 @@ class ApiError(UserError):
         self.body = {"message": message, "param": param, "code": code,
                      "type": "server_error" if status >= 500 else "invalid_request_error"}
 
-PAUSE = 0.02  # seconds between two pieces of a text: sending each token by itself takes the step's time
+PAUSE = 0.04  # seconds between two pieces of a text: sending each token by itself takes the step's time
 BODY = 2**20  # bytes of a request at most
 # What a request may say: its kind, its range, and what stands where it says nothing.
 FIELDS = {"model": (str, None, None), "stream": (bool, None, False), "stream_options": (dict, None, {}),
@@ -1658,14 +1658,20 @@ class Service:
                     self.engine.held = [[] for _ in self.engine.held]  # who knows what was written
                     for x in itertools.chain(*self.engine.cache.whole):
                         x.zero_()  # a NaN that no query sees would still be a NaN: 0 * NaN
+            now = time.monotonic()
             for request in written:
                 self.tokens += 1
-                request.out.put((request.new[-1:], request.finish))
+                if request.finish is not None or now >= request.next_piece:
+                    request.out.put((request.new[request.told :], request.finish))
+                    request.told = len(request.new)
+                    request.next_piece = now + PAUSE
             time.sleep(0)  # let those who wait for the lock have it
 
     def submit(self, request: Request) -> Request:
         """Queue a text, or say that there are too many."""
         request.out = queue.SimpleQueue()
+        request.told = 0  # tokens that went into it
+        request.next_piece = 0.0  # when the next ones may
         with self.lock:
             if len(self.engine.waiting) >= self.o.waiting:
                 raise ApiError("Too many texts are waiting: come back in a moment.", 429, code="queue_full")
@@ -1825,9 +1831,6 @@ class Handler(BaseHTTPRequestHandler):
                     tokens, finish = [], None
                 if self.is_gone():
                     raise BrokenPipeError
-                while finish is None and not request.out.empty():
-                    more, finish = request.out.get()
-                    tokens = tokens + more
                 if finish == "error":
                     raise ApiError(f"The text could not be written: {request.error}", 500)
                 if finish is None and time.monotonic() >= end:
@@ -1839,7 +1842,6 @@ class Handler(BaseHTTPRequestHandler):
                 if finish is not None:
                     del open_texts[index]
                 yield index, text, len(tokens), finish
-            time.sleep(PAUSE)
 
     def is_gone(self) -> bool:
         """Tell whether the client has closed its end."""

@@ -718,3 +718,25 @@ def test_the_command_serves(folder):  # noqa: F811
     assert json.loads(connection.getresponse().read())["status"] == "ok"
     process.send_signal(signal.SIGINT)
     assert process.wait(30) in (0, 130)
+
+
+def test_the_options_of_serve_reach_the_server(vocab, tmp_path):  # noqa: F811
+    """--context bounds a text, --timeout ends one, --quantize packs the weights, --host is listened on."""
+    source = make(vocab, tmp_path / "tiny", seq_len=256, n_embd=64, ffn_dim=128)
+    o = sampling.ServeOptions(source, port=0, host="localhost", rows=1, context=100, timeout=0.05, quantize="int8",
+                              compile=False, device="cpu")
+    server, service = sampling.make_server(source, o)
+    for job in (server.serve_forever, service.work):
+        threading.Thread(target=job, daemon=True).start()
+    service.stop = frozenset()
+    assert any(isinstance(module, Int8) for module in service.engine.model.modules())
+    assert "context 100" in post(server, "/v1/completions", {"prompt": [5] * 100})[1]["error"]["message"]
+    step = service.engine.step
+    service.engine.step = lambda: time.sleep(0.02) or step()
+    answer = post(server, "/v1/completions", {"prompt": "a", "max_tokens": 90})[1]
+    assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["completion_tokens"] < 50
+    server.shutdown()
+    server.server_close()
+    o.host = "no.such.host.invalid"
+    with pytest.raises(UserError, match="cannot be listened on"):
+        sampling.make_server(source, o)
