@@ -34,6 +34,7 @@ import os
 import time
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -306,8 +307,8 @@ def exchange(experts, compute, x, chosen, weights, group=None):
 
 # ---- Part II: layouts, and what they cost ------------------------------------------------------------------
 
-# Outermost first. Gradients cross the outer axes once a step, what passes between stages once a micro-batch,
-# keys and values once a layer, and activations twice a layer the innermost.
+# Outermost first. Gradients cross the outer axes once a step (ZeRO-2 and -3: once a micro-batch), what passes
+# between stages once a micro-batch, keys and values once a layer, activations twice a layer.
 AXES = ("replicate", "shard", "pipeline", "context", "tensor")
 
 # How micro-batches go through a pipeline -> (the engine's class, stages on each rank).
@@ -331,7 +332,7 @@ class Layout:
     tp: int = 1
     zero: int = 0
     replicate: int = 1  # with ZeRO-2 and -3: groups that each hold a whole set of shards
-    sequence: bool = False  # norms and residuals split along the sequence between the tensor-parallel halves
+    sequence: bool = False  # outside of attention and feed-forward a rank of tp has T/tp positions
     optimizer: str = "adamw"  # or "muon", whose matrices are dealt out whole
     pp: int = 1
     cp: int = 1
@@ -383,7 +384,7 @@ class Layout:
         more = [f"--{axis} {getattr(self, axis)}" for axis in ("pp", "cp", "ep") if getattr(self, axis) > 1]
         return " ".join([f"--dp {self.dp}", *more, f"--tp {self.tp}"])
 
-# What torch.compile does not go with, and its name.
+# Layouts that run without torch.compile -> their name.
 UNCOMPILED = {
     lambda layout: layout.tp > 1: "tensor parallelism",
     lambda layout: layout.stages > 1 and layout.schedule == "zero-bubble": "a zero-bubble schedule",
@@ -448,13 +449,13 @@ def check_layout(layout: Layout, world: int, config: Config) -> None:
     check(not layout.sequence or (tp > 1 and config.seq_len // cp % tp == 0),
           f"--sequence-parallel needs --tp above 1 that divides the context of {config.seq_len // cp}.")
     check(pp == 1 or zero < 3, "--zero 3 would gather a stage for each micro-batch: with --pp use --zero 2.")
-    check(cp == 1 or config.position != "alibi", "ALiBi's bias is not split by --cp: use --dp.")
+    check(cp == tp == 1 or config.position != "alibi", "ALiBi's bias is not split by --cp or --tp: use --dp.")
     whole = config.n_expert and (config.balance == "loss" or config.capacity is not None)
     check(cp == 1 or not whole, "Experts' balance loss and capacity are of whole sequences, which --cp "
           "splits: --set balance=none, or bias, and no capacity.")
 
 def default_micro_batch(layout: Layout, windows: int) -> int:
-    """Choose micro-batches for a pipeline: about four for each stage, which leaves 16 to 20 % idle (1F1B)."""
+    """Choose micro-batches for a pipeline: about four for each stage, which leaves 11 to 20 % idle (1F1B)."""
     mine = max(1, windows // layout.dp)
     able = [n for n in range(1, mine + 1) if mine % n == 0 and n % layout.pp == 0 and n <= 4 * layout.pp]
     return mine // max(able, default=1)
@@ -467,7 +468,9 @@ def check_micro_batches(layout: Layout, windows: int, micro_batch: int) -> int:
         return m + (rest > 0)
     able = [n for n in range(1, mine + 1) if mine % n == 0]
     if layout.schedule not in ("naive", "gpipe"):
-        able = [n for n in able if n % layout.pp == 0]  # 1F1B: as many as stages; in rounds of p
+        able = [n for n in able if n >= layout.pp]
+    if layout.schedule in ("interleaved", "zero-bubble"):  # in rounds of p, for which `bubble` counts
+        able = [n for n in able if n % layout.pp == 0]
     near = min(able, key=lambda n: abs(math.log(n / max(m, 1))), default=None)
     check(near, f"{mine} sequences a rank do not make micro-batches for a pipeline of {layout.pp} stages: "
           f"make --tokens-per-step a multiple of {layout.dp * layout.pp} sequences.")
@@ -500,7 +503,7 @@ def deal_layers(config: Config, stages: int) -> list[range]:
     return [range(a, b) for a, b in itertools.pairwise([*ends, L])]
 
 def bubble(schedule: str, p: int, m: int) -> float:
-    """Compute the share of a rank's time that it waits: p stages, m micro-batches, backward twice forward.
+    """Compute the share of a rank's time that it waits: p ranks, m micro-batches, backward twice forward.
 
     GPipe and 1F1B (2104.04473, 2.2.1): (p-1)/(m+p-1). Interleaved, v stages on a rank: (p-1)/(vm+p-1). Zero
     bubble, where a third of the work, the weights' gradients, can wait: (p-1)/(3vm+p-1).
@@ -574,7 +577,7 @@ def training_bytes(config: Config, B: int, T: int, layout: Layout, recompute=Fal
     the pipeline. fully_shard keeps a shard beside what it has gathered: the whole model with ZeRO-2,
     embedding and two blocks with ZeRO-3. Muon has one moment, and owners a copy of their matrices.
     Activations are what a block's backward pass needs, where attention is not written out, for each
-    micro-batch that is stored.
+    micro-batch that is stored. Without fully_shard "gathered" are bf16's copies of matrices.
     """
     c, tp, cp, zero = config, layout.tp, layout.cp, layout.zero
     count = count_share(c, layout, rank)
@@ -583,6 +586,9 @@ def training_bytes(config: Config, B: int, T: int, layout: Layout, recompute=Fal
     shards = layout.data if zero == 1 else layout.sizes[1]
     total = dict.fromkeys(("parameters", "gathered", "gradients", "optimizer"), 0.0)
     blocks = sum(map(len, deal_layers(c, layout.stages)[rank :: layout.pp]))
+    at_once = 1.0  # micro-batches that stand in memory
+    if layout.pp > 1:
+        at_once = stored(layout.schedule, layout.pp, m, rank) / SCHEDULES[layout.schedule][1]
     for n, matrices, ranks, owners in (
         (dense["all"], dense["matrices"], shards, layout.owners),
         (experts, experts, shards / layout.ep, layout.owners / (layout.ep if zero else 1)),
@@ -593,7 +599,8 @@ def training_bytes(config: Config, B: int, T: int, layout: Layout, recompute=Fal
         if layout.optimizer == "muon":
             moments *= 1 - matrices / n  # AdamW's, of the rest
             moments += tp * matrices * (8 / owners if owners > 1 else 4)
-        gathered = e * n if e < 4 else 0.0
+        # a matrix in the precision of products, kept for the backward pass of each micro-batch
+        gathered = e * n * (1 / blocks if recompute else at_once) if e < 4 else 0.0
         if layout.uses_fsdp:
             parameters = 4 * n / ranks
             gathered = e * (n if zero == 2 else n - max(0, 1 - 2 / blocks) * matrices)
@@ -605,17 +612,16 @@ def training_bytes(config: Config, B: int, T: int, layout: Layout, recompute=Fal
     width = c.ffn_dim / tp
     if c.n_expert:  # the rows that go to the experts, and what comes back, stand beside the tokens
         width = c.expert_dim * (c.n_expert_active + c.n_expert_shared) / tp + c.n_embd * c.n_expert_active / 2
-    layer = 4 * c.n_embd + (3 + c.qk_norm) * heads + 4 * width  # norms' inputs and outputs; q, k, v, y
-    layer += 2 * c.n_kv_head * c.head_dim * (cp - 1) / tp  # the other ranks' keys and values
-    kept = blocks * c.n_embd + layer if recompute else blocks * layer
-    at_once = stored(layout.schedule, layout.pp, m, rank) if layout.pp > 1 else 1
+    stream = 4 * c.n_embd / (tp if layout.sequence else 1)  # bytes of the residual stream, float32
+    layer = e * (2 * c.n_embd + (3 + c.qk_norm) * heads + 4 * width)  # norms' outputs; q, k, v, y
+    layer += 2 * e * c.n_kv_head * c.head_dim * (cp - 1) / tp  # the other ranks' keys and values
+    kept = blocks * stream + 2 * stream + layer if recompute else blocks * (2 * stream + layer)
+    if layout.pp > 1 and layout.schedule == "zero-bubble":
+        at_once *= 1.4  # gradients inside of blocks wait, too, for the weights' turn: 11 to 42 % (measured)
     N = B * T / cp
     logits = min(N * c.vocab_size / tp, KEEP_LOGITS) if rank == layout.pp - 1 else 0
     mask = (1 + e) * (2 * cp + 1) * (T / (2 * cp)) ** 2 if cp > 1 else 0
-    chunks = SCHEDULES[layout.schedule][1] if layout.pp > 1 else 1
-    if layout.pp > 1 and layout.schedule == "zero-bubble":
-        at_once *= 1.4  # gradients inside of blocks wait, too, for the weights' turn: 11 to 42 % (measured)
-    return total | {"activations": e * N * kept * at_once / chunks + mask + 4 * logits}
+    return total | {"activations": N * kept * at_once + mask + 4 * logits}
 
 def communication(config: Config, N: int, layout: Layout, recompute=False, e=2, m=1) -> list[tuple]:
     """List what a step on m micro-batches of N tokens a rank sends: (collective, axis, bytes).
@@ -648,7 +654,7 @@ def communication(config: Config, N: int, layout: Layout, recompute=False, e=2, 
         else:
             rows.append(("all_reduce", "tensor", sent * low + whole))
     if pp > 1:
-        hidden = (e if layout.uses_fsdp else 4) * N * c.n_embd / (tp if layout.sequence else 1)
+        hidden = 4 * N * c.n_embd / (tp if layout.sequence else 1)  # the residual stream is float32
         rows.append(("send", "pipeline", 2 * m * (layout.stages - 1) / pp * hidden))
         if c.tie:
             rows.append(("all_reduce", "pipeline", 2 / pp * 4 * c.vocab_size * c.n_embd / tp / shards))
@@ -699,8 +705,9 @@ class Machine:
 def step_seconds(config: Config, layout: Layout, machine: Machine, micro_batch: int, m: int, recompute: bool):
     """Estimate a step's time by part: {"compute", "bubble", then what is sent, by axis}, in seconds.
 
-    A rank waits for what tensor, context and expert parallelism and the pipeline send. Gradients and weights
-    cross while it computes backward, two thirds of the time: only what is longer than that is counted.
+    A rank waits for what tensor, context and expert parallelism and the pipeline send. DDP and fully_shard
+    send gradients while it computes backward, two thirds of the time: only what is longer than that is
+    counted; elsewhere gradients follow the last backward pass.
     """
     o, ranks = layout, layout.dp * layout.split
     tokens = o.dp * m * micro_batch * config.seq_len
@@ -714,10 +721,12 @@ def step_seconds(config: Config, layout: Layout, machine: Machine, micro_batch: 
     for name, axis, size in communication(config, micro_batch * config.seq_len // o.cp, o, recompute,
                                           machine.itemsize, m):
         axis = "data" if axis in ("replicate", "shard") else axis
-        # in a ring a rank sends (W-1)/W of the whole, twice to add up; a stage sends all of it to one rank
-        share = 1 if name == "send" else (sizes[axis] - 1) / sizes[axis] * (2 if name == "all_reduce" else 1)
+        # in a ring a rank sends (W-1)/W of the whole, twice to add up; stages talk in pairs
+        share = (sizes[axis] - 1) / sizes[axis] * (2 if name == "all_reduce" else 1)
+        share = 1 if axis == "pipeline" else share
         found[axis] += share * size / machine.speed(spans[axis])
-    found["data"] = max(0.0, found["data"] - 2 / 3 * compute)
+    if o.uses_ddp or (o.uses_fsdp and o.pp == 1):
+        found["data"] = max(0.0, found["data"] - 2 / 3 * compute)
     return found
 
 def find_layouts(config: Config, ranks: int, machine: Machine, micro_batch: int, tokens: int, **fixed):
@@ -736,16 +745,22 @@ def find_layouts(config: Config, ranks: int, machine: Machine, micro_batch: int,
     }
     tried = [[value] if (value := fixed.get(name)) is not None else values for name, values in tried.items()]
     found = []
+    why = "none divides its layers, heads and sequences"
     for tp, pp, cp, ep, zero, schedule in itertools.product(*tried):
         windows = tokens // config.seq_len
         dp = ranks // (tp * pp * cp)
         layout = Layout(dp, tp, zero, optimizer=fixed["optimizer"], pp=pp, cp=cp, ep=ep, schedule=schedule)
-        whole = dp and windows % (dp * micro_batch) == 0
-        if not whole or (pp == 1 and schedule != "1f1b") or misfits(layout, ranks, config):
+        if not dp or fixed.get("dp") not in (None, dp) or (pp == 1 and schedule != "1f1b"):
             continue
-        with contextlib.suppress(UserError):
+        if windows % (dp * micro_batch) or misfits(layout, ranks, config):
+            why = (misfits(layout, ranks, config) or [f"{windows} sequences do not divide"])[0]
+            continue
+        try:
             check_layout(layout, ranks, config)
             m = check_micro_batches(layout, windows, micro_batch)
+        except UserError as error:
+            why = str(error)
+        else:
             for recompute in (False, True):
                 ends = [training_bytes(config, micro_batch, config.seq_len, layout, recompute, 2, m, rank)
                         for rank in {0, pp - 1}]
@@ -755,6 +770,8 @@ def find_layouts(config: Config, ranks: int, machine: Machine, micro_batch: int,
                         "schedule": schedule if pp > 1 else None, "recompute": recompute, "micro_batches": m}
                 found.append(axes | {"memory": sum(memory.values()), **memory,
                                      "seconds": sum(seconds.values()), **seconds})
+    check(found, f"No layout of {ranks} ranks has what was asked for, with steps of {tokens} tokens in micro-"
+          f"batches of {micro_batch} x {config.seq_len}: {why}")
     return sorted(found, key=lambda row: (row["seconds"], row["memory"]))
 
 # ---- Part III: the same on PyTorch's engine ----------------------------------------------------------------
@@ -766,7 +783,7 @@ class Grid:
     are data-parallel in it. experts: the same for the experts, of which ep ranks have different ones.
     """
 
-    def __init__(self, layout: Layout, config: Config, device: str):
+    def __init__(self, layout: Layout, config: Config, device: str, timeout: float):
         self.layout = o = layout
         self.tied = ["embed_tokens.weight"] * (config.tie and o.pp > 1)  # on both ends of a pipeline
         ranks = torch.arange(o.dp * o.split).view(o.dp, o.pp, o.cp, o.tp)
@@ -775,7 +792,7 @@ class Grid:
         names = ("replicate", "shard", "pipeline", "tensor")
         by_weights = ranks.transpose(1, 2).reshape(o.sizes)
         self.weights = self.experts = DeviceMesh(device, by_weights, mesh_dim_names=names)
-        self.context_group = self.expert_group = self.ends = None
+        self.context_group = self.expert_group = self.tied_group = None
         if o.cp > 1:
             mesh = DeviceMesh(device, ranks.flatten(0, 1), mesh_dim_names=("rest", "context", "tensor"))
             self.context_group = mesh["context"].get_group()
@@ -799,7 +816,14 @@ class Grid:
         if self.tied:
             pairs = ranks[:, [0, -1]].permute(0, 2, 3, 1).reshape(-1, 2).tolist()
             pairs += [[r] for r in ranks[:, 1:-1].flatten().tolist()]
-            self.ends = dist.new_subgroups_by_enumeration(pairs)[0]
+            self.tied_group = dist.new_subgroups_by_enumeration(pairs)[0]
+
+        limit = timedelta(seconds=timeout)  # a group of its own has the library's, whatever that of all ranks
+        groups = [self.owners, self.owners_of_experts, self.tied_group, self.context_group]
+        for mesh in (self.weights, self.experts):
+            groups += [mesh.get_group(name) for name in mesh.mesh_dim_names]
+        for group in filter(None, groups):
+            dist.distributed_c10d._set_pg_timeout(limit, group)
 
     def mesh(self, name: str):
         """Give the mesh of a parameter."""
@@ -821,26 +845,29 @@ class Grid:
 class Stage(Transformer):
     """Be the layers that a rank has, in the form in which a pipeline calls them; without one, all layers.
 
-    context: (rank, cp) where a sequence is dealt out to ranks; they all read it, and each takes its pieces.
+    own: the positions (T/cp,) of this rank's part, where a sequence is dealt out. All its ranks read it.
     """
 
-    context = None
+    own = None
 
     def forward(self, x, aux=None, *, targets=None, documents=None):
         """Compute ids (B, T), or hidden (B, t, C) and the aux so far -> hidden or losses, and aux."""
-        T = self.config.seq_len
-        positions = torch.arange(T, device=x.device)
-        if self.context:
-            rank, cp = self.context
-            positions = torch.tensor(context_pieces(T, cp)[rank], device=x.device)
-            x = x[:, positions] if self.first else x
-            targets = targets[:, positions] if self.last else None
+        own = self.own
+        if own is None:
+            own = torch.arange(self.config.seq_len, device=x.device)
+        else:
+            x = x[:, own] if self.first else x
+            targets = targets[:, own]
         targets = targets if self.last else None
-        return super().forward(x, targets, positions=positions, doc_ids=documents, aux=aux)
+        return super().forward(x, targets, positions=own, doc_ids=documents, aux=aux)
+
+    def embed(self, ids, positions):
+        """Keep the residual stream in float32, where fully_shard hands out the table in bf16."""
+        return super().embed(ids, positions).float()
 
     def masks(self, positions, doc_ids, trunk_ids, cache, T) -> dict:
         """Make the masks of a rank's two pieces of the sequence, each with the keys up to its own end."""
-        if not self.context:
+        if self.own is None:
             # (T would be a rank's part of the sequence, where norms are split along it)
             return super().masks(positions, doc_ids, trunk_ids, cache, len(positions))
         k_pos = torch.arange(self.config.seq_len, device=positions.device)
@@ -856,15 +883,15 @@ class Stage(Transformer):
         return masks
 
 class ContextKeys:
-    """Stand where attention asks a cache for the earlier tokens' keys and values: other ranks have them."""
+    """Take a cache's place in attention: `update` gathers the keys and values of all ranks."""
 
-    def __init__(self, group, T: int, cp: int):
+    def __init__(self, group, pieces):  # (cp, T/cp): the positions of all ranks
         self.group = group
-        self.order = torch.tensor(context_pieces(T, cp)).flatten().argsort()  # ranks' tokens -> the sequence
+        self.order = pieces.flatten().argsort()  # ranks' tokens -> the sequence
 
     def update(self, layer: int, k, v):  # (B, K, T/cp, D) twice -> (B, K, T, D) twice
         both = torch.cat((k, v), -1).permute(2, 0, 1, 3)
-        whole = _Gather.apply(both, self.group).index_select(0, self.order.to(k.device))
+        whole = _Gather.apply(both, self.group).index_select(0, self.order)
         return whole.permute(1, 2, 0, 3).split((k.shape[-1], v.shape[-1]), -1)
 
     def hook(self, module, args):
@@ -928,7 +955,7 @@ def split_tensors(model: Transformer, mesh, sequence: bool) -> None:
     q, k, v, gate and up read the same input. It is prepared once for all of them (PrepareModuleInput), so
     their gradients for it are added before they are sent: one all-reduce, where each would send its own. The
     norms of q and k see the rank's heads only ("sequence" here means the axis of heads): see
-    `sync_partial_gradients`.
+    `finish_gradients`.
     """
     whole = Replicate()
     between = Shard(1) if sequence else whole  # between the halves of a block: (B, t, C)
@@ -982,7 +1009,7 @@ class Share(nn.Module):
             for name, module in stage.named_children():
                 if name != "layers":
                     self.add_module(name, module)
-        self.stages = nn.ModuleList(stages)  # last: a parameter is named where it comes by first
+        self.stages = nn.ModuleList(stages)  # last: named_parameters() gives the first name of a parameter
 
 def parallelize(config: Config, o, grid: Grid, device: torch.device):
     """Build a rank's shares of a model -> (model, the module to call).
@@ -1017,8 +1044,9 @@ def shard_stage(stage: Stage, o, grid: Grid, device: torch.device) -> None:
     if layout.tp > 1:
         split_tensors(stage, grid.weights["tensor"], layout.sequence)
     if layout.cp > 1:
-        stage.context = grid.context, layout.cp
-        keys = ContextKeys(grid.context_group, stage.config.seq_len, layout.cp)
+        pieces = torch.tensor(context_pieces(stage.config.seq_len, layout.cp), device=device)
+        stage.own = pieces[grid.context]
+        keys = ContextKeys(grid.context_group, pieces)
         for block in stage.layers.values():
             block.self_attn.register_forward_pre_hook(keys.hook)
     stage.compute_dtype = pick_dtype(o.dtype, device)
@@ -1028,8 +1056,8 @@ def shard_stage(stage: Stage, o, grid: Grid, device: torch.device) -> None:
     if not layout.uses_fsdp:
         return
 
-    def shard(module, mesh):
-        lower = None if stage.compute_dtype == torch.float32 else stage.compute_dtype
+    def shard(module, mesh, lower=stage.compute_dtype):
+        lower = None if lower == torch.float32 else lower
         precision = MixedPrecisionPolicy(lower, torch.float32, cast_forward_inputs=False)  # fp32 sums
         axes = mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
         fully_shard(module, mesh=axes, reshard_after_forward=layout.zero == 3, mp_policy=precision)
@@ -1037,7 +1065,9 @@ def shard_stage(stage: Stage, o, grid: Grid, device: torch.device) -> None:
         module.set_force_sum_reduction_for_comms(True)
 
     for block in stage.layers.values():
-        if layout.ep > 1 and block.sparse:
+        if block.sparse:
+            shard(block.mlp.gate, grid.weights, torch.float32)  # in bf16 a router would round near ties
+        if block.sparse and layout.ep > 1:
             shard(block.mlp.experts, grid.experts)
         shard(block, grid.weights)
     shard(stage, grid.weights)  # one group for what is left: embedding, last norm, output matrix
@@ -1055,9 +1085,8 @@ def split_vocabulary(layout: Layout):
     return styles.loss_parallel() if layout.tp > 1 else contextlib.nullcontext()
 
 def sync_gradients(forward: nn.Module, layout: Layout, last: bool):
-    """Add gradients up over the ranks after the last micro-batch; for ZeRO-2 and -3, short of room, each."""
+    """Add gradients up after the last micro-batch; ZeRO-2 and -3 after each: they keep no whole gradients."""
     if isinstance(forward, FSDPModule):
-        forward.set_requires_gradient_sync(last or layout.zero >= 2)
         forward.set_reshard_after_backward(last or layout.zero == 3)
     return forward.no_sync() if isinstance(forward, DDP) and not last else contextlib.nullcontext()
 
@@ -1080,7 +1109,7 @@ def finish_gradients(model: nn.Module, grid: Grid) -> None:
                 add_up([named[name].grad for name in some], copies.get_group())
     for name in grid.tied:
         if name in named:
-            add_up([named[name].grad], grid.ends)
+            add_up([named[name].grad], grid.tied_group)
 
 def add_up(grads: list, group) -> None:
     """Add up gradients over a group of ranks, in one message."""
@@ -1109,15 +1138,15 @@ class RecordedStage(pipelining.PipelineStage):
     """Be a stage that notes what the schedule has it do, in order: (F, B, I or W, stage, micro-batch)."""
 
     actions: list  # of all stages of this rank
-    before = 0  # micro-batches of this step that earlier calls of the schedule had
+    micro_batches_done = 0  # of this step, by earlier calls of the schedule
 
     def forward_one_chunk(self, i, *args, **more):
-        self.actions.append(("F", self.stage_index, i + self.before))
+        self.actions.append(("F", self.stage_index, i + self.micro_batches_done))
         return super().forward_one_chunk(i, *args, **more)
 
     def backward_one_chunk(self, i, *args, full_backward=True, **more):
         """Go back all the way (B), or to the stage's input only (I), so that the stage before can go on."""
-        self.actions.append(("B" if full_backward else "I", self.stage_index, i + self.before))
+        self.actions.append(("B" if full_backward else "I", self.stage_index, i + self.micro_batches_done))
         return super().backward_one_chunk(i, *args, full_backward=full_backward, **more)
 
     def backward_weight_one_chunk(self, i, *args, **more):
@@ -1155,7 +1184,7 @@ class Pipeline:
         batches = [micro_batches] if self.schedule._n_microbatches > 1 else [[one] for one in micro_batches]
         for i, some in enumerate(batches):
             for stage in self.stages:
-                stage.before = i
+                stage.micro_batches_done = i
             x, y = (torch.cat([batch[part] for batch in some]) for part in (0, 1))
             more = {"targets": y}
             if some[0][2] is not None:
@@ -1174,7 +1203,8 @@ class Pipeline:
                 continue
             stage = self.share.stages[i // layout.pp]
             if i > 0:
-                x = torch.empty(self.hidden_shape(y), dtype=self.hidden_dtype(), device=y.device)
+                t = y.shape[1] // layout.cp // (layout.tp if layout.sequence else 1)
+                x = torch.empty(len(y), t, stage.config.n_embd, device=y.device)
                 dist.recv(x, before, group=self.grid.pipe)
             output, _ = stage(x, targets=y, documents=documents)
             if i < layout.stages - 1:
@@ -1182,15 +1212,6 @@ class Pipeline:
             else:
                 result = output
         return result
-
-    def hidden_shape(self, y) -> tuple:
-        """Give the shape of what passes between stages: (B, t, C), of a rank's part of the sequence."""
-        layout, config = self.grid.layout, self.share.config
-        return y.shape[0], y.shape[1] // layout.cp // (layout.tp if layout.sequence else 1), config.n_embd
-
-    def hidden_dtype(self) -> torch.dtype:
-        lower = self.share.stages[0].compute_dtype
-        return lower if self.grid.layout.uses_fsdp else torch.float32
 
 def place_actions(actions: list[list[tuple]]) -> list[list[tuple]]:
     """Place what ranks do into time slots, each as early as its input is there -> a row of slots a rank.
@@ -1462,7 +1483,7 @@ class Saver:
             if dist.get_rank() == 0:
                 for path in [self.new, *self.shards.glob("*.new")]:  # of a save that was cut off
                     clear(path)
-            dist.barrier()
+            barrier()
             writer = HuggingFaceStorageWriter(str(self.new), save_distributed=True)
             self.pending = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
 
@@ -1558,7 +1579,7 @@ class Options(TrainOptions):
     changeable = TrainOptions.changeable | {
         "dp", "tp", "zero", "replicate", "sequence_parallel", "timeout", "pp", "pp_schedule", "cp", "ep",
         "show_schedule", "count_communication"}
-    dp: Annotated[int | None, opt("Layout", "Data-parallel ranks: all that --tp leaves.", low=1)] = None
+    dp: Annotated[int | None, opt("Layout", "Data-parallel ranks: what the others leave.", low=1)] = None
     tp: Annotated[int, opt("Layout", "Tensor-parallel ranks, on one node: each matrix is split.", low=1)] = 1
     zero: Annotated[int, opt("Layout", "Sharded: 1 the optimizer, 2 gradients too, 3 all.", low=0)] = 0
     replicate: Annotated[int, opt("Layout", "Groups of ranks that each hold all shards.", low=1)] = 1
@@ -1581,8 +1602,8 @@ class Options(TrainOptions):
 
     def layout(self, world: int) -> Layout:
         dp = self.dp or max(1, world // (self.pp * self.cp * self.tp))
-        return Layout(dp, self.tp, self.zero, self.replicate, self.sequence_parallel, self.optimizer,
-                      self.pp, self.cp, self.ep, self.pp_schedule)
+        axes = {"pp": self.pp, "cp": self.cp, "ep": self.ep, "schedule": self.pp_schedule}
+        return Layout(dp, self.tp, self.zero, self.replicate, self.sequence_parallel, self.optimizer, **axes)
 
 def join_processes(device: str, timeout: float) -> Ranks:
     """Join torchrun's group; without torchrun, a group of one, so that nothing below has to ask."""
@@ -1599,14 +1620,14 @@ def join_processes(device: str, timeout: float) -> Ranks:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    # known of: DTensor gathers twice in a row, and the losses, which nobody changes in place, are a view
+    # two warnings that mean no harm: DTensor gathers twice in a row, and losses are a view
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     return ranks
 
 def open_model(o: Options, config: Config, layout: Layout, ranks: Ranks, m: int):
     """Build a rank's shares -> (grid, model, what to call, optimizer): new, of --init, or of a run."""
-    grid = Grid(layout, config, ranks.device.type)
+    grid = Grid(layout, config, ranks.device.type, o.timeout)
     model, forward = parallelize(config, o, grid, ranks.device)
     if layout.pp > 1:
         forward = Pipeline(model, grid, m, ranks.device)
@@ -1691,6 +1712,9 @@ def train(o: Options) -> dict:
     say(f"{count_params(config)[0] / 1e6:.1f}M parameters on {ranks.world} processes ({layout.describe(m)}), "
         f"{o.optimizer}, {o.dtype} on {ranks.device}; {o.max_steps} steps")
 
+    if layout.zero and layout.data == 1:
+        say(f"--zero {layout.zero} shards nothing here: no two ranks have the same weights.")
+
     # 2. What a step needs, and what surrounds it
     grid, model, forward, optimizer = open_model(o, config, layout, ranks, m)
     # ranks that split one model read the same tokens
@@ -1716,8 +1740,9 @@ def train(o: Options) -> dict:
         for step, lr in run.steps():
             micro_batches, targets, windows = batches.at(step)
             targets = targets / layout.split
-            torch.manual_seed(seed_of(o.seed, step, grid.data))  # of dropout
-            second = step == saved.get("at", 0) + 1  # (in the first the engine tries what shapes there are)
+            torch.manual_seed(seed_of(o.seed, step, grid.data, grid.stage))  # of dropout
+            # (not in the first step, if there is another: the engine tries there what shapes there are)
+            second = step == min(saved.get("at", 0) + 1, o.max_steps - 1)
             sent = CommunicationCounter() if second and o.count_communication else contextlib.nullcontext()
             with sent:
                 parts = micro_batches, targets, windows
@@ -1794,7 +1819,7 @@ def plan(
     pp: Annotated[int | None, opt("", "The same.", low=1)] = None,
     cp: Annotated[int | None, opt("", "The same.", low=1)] = None,
     ep: Annotated[int | None, opt("", "The same.", low=1)] = None,
-    zero: Annotated[int | None, opt("", "The same.", low=0)] = None,
+    zero: Annotated[int | None, opt("", "The same: 0 to 3.", low=0)] = None,
     pp_schedule: Annotated[str | None, opt("", "The same.", one_of=tuple(SCHEDULES))] = None,
     tokens_per_step: Annotated[int, opt("", "Tokens of a step, over all ranks.", low=1)] = 4_194_304,
     tokens: Annotated[float | None, typer.Option(help="Of the whole run; by default 20 a parameter.")] = None,
@@ -1819,13 +1844,8 @@ def plan(
     machine = Machine(per_node, memory * 1e9, peak * 1e12, utilisation, nvlink * 1e9, network * 1e9)
     check(gpus <= 2**20, f"--gpus is {gpus}; the plan is for up to a million ranks.")
     check(tokens is None or 0 < tokens < 1e18, f"--tokens is {tokens}; it has to be above 0, below 10^18.")
-    fixed = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "zero": zero, "schedule": pp_schedule}
+    fixed = {"dp": dp, "tp": tp, "pp": pp, "cp": cp, "ep": ep, "zero": zero, "schedule": pp_schedule}
     layouts = find_layouts(config, gpus, machine, micro_batch, tokens_per_step, optimizer=optimizer, **fixed)
-    layouts = [row for row in layouts if dp in (None, row["dp"])]
-    asked = Layout(gpus // ((tp or 1) * (pp or 1) * (cp or 1)), tp or 1, pp=pp or 1, cp=cp or 1, ep=ep or 1)
-    why = misfits(asked, gpus, config) or ["the step's sequences do not divide: more --tokens-per-step"]
-    check(layouts, f"No layout of {gpus} ranks has what was asked for, with steps of {tokens_per_step} "
-          f"tokens in micro-batches of {micro_batch} x {config.seq_len}: {why[0]}.")
     fitting = [row for row in layouts if row["memory"] <= machine.memory]
     least = min(row["memory"] for row in layouts) / 1e9
     check(fitting, f"Nothing fits; the least is {least:.1f} GB: more ranks, or a shorter --seq-len.")

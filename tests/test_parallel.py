@@ -323,6 +323,7 @@ def test_layouts_that_cannot_be(layout, words):
     (Layout(dp=4, pp=2, zero=3), "use --zero 2"),
     (Layout(dp=4, cp=2), "balance loss and capacity are of whole sequences"),
     (Layout(dp=8, ep=2, zero=3, replicate=2), "do not go together"),
+    (Layout(dp=4, cp=2, zero=3), "balance loss and capacity"),
 ])
 def test_axes_that_cannot_be(layout, words):
     sizes = {"n_layer": 6, "n_head": 4, "n_kv_head": 4, "n_embd": 64, "head_dim": 16, "ffn_dim": 96, "expert_dim": 32}
@@ -334,13 +335,14 @@ def test_axes_that_cannot_be(layout, words):
 @pytest.mark.parametrize("layout, windows, micro_batch, words", [
     (Layout(pp=4), 16, 16, "makes 1 micro-batches .* the nearest that it takes is --micro-batch 4"),
     (Layout(pp=4), 16, 3, "makes 5.33333 micro-batches"),
-    (Layout(pp=4, schedule="interleaved"), 20, 2, "the nearest that it takes is --micro-batch (1|5)"),
+    (Layout(pp=4, schedule="interleaved"), 24, 4, "the nearest that it takes is --micro-batch (3|6)"),
     (Layout(dp=2, pp=4), 6, 1, "make --tokens-per-step a multiple of 8 sequences"),
 ])
 def test_micro_batches_that_a_schedule_does_not_take(layout, windows, micro_batch, words):
     with pytest.raises(UserError, match=words):
         check_micro_batches(layout, windows, micro_batch)
     assert check_micro_batches(Layout(pp=4, schedule="gpipe"), 6, 2) == 3  # it stores all anyway
+    assert check_micro_batches(Layout(pp=4), 12, 2) == 6  # 1F1B takes any number from p on
 
 
 def test_refused_by_one_rank_in_one_sentence(data, tmp_path):
@@ -447,6 +449,8 @@ def test_plan_command(capsys):
     call(parallel.plan, *args, "--tokens", 2e12)  # as a table, with days and dollars
     assert "2,000B tokens are 476,837 steps in" in capsys.readouterr().err
     assert "Nothing fits" in refusal(parallel.plan, "--gpus", 1, "--memory", 10)
+    assert "use --zero 2" in refusal(parallel.plan, "--gpus", 64, "--pp", 4, "--tp", 4, "--zero", 3)
+    assert "80 layers do not make 256 stages" in refusal(parallel.plan, "--pp", 128)
 
 
 def test_the_textbooks_layout(capsys):
@@ -499,6 +503,14 @@ def group():
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def test_the_timeout_is_that_of_every_group(group):
+    parallel.join_processes("cpu", 60)
+    grid = parallel.Grid(Layout(), Config(vocab_size=128), "cpu", 7.0)
+    for name in ("replicate", "shard", "pipeline", "tensor"):
+        backend = grid.weights.get_group(name)._get_backend(torch.device("cpu"))
+        assert backend.options._timeout.total_seconds() == 7.0
 
 
 def files_of(folder):
