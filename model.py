@@ -250,10 +250,8 @@ def attend(q, k, v, mask=None, scale=None, cap=None):
     q (B, H, T, D), k (B, K, S, D) and v (B, K, S, E) with K dividing H -> (B, H, T, E). mask: None (all),
     "causal", bool (B or 1, T, S), or float (B or 1, H, T, S), which is added. scale: D^-0.5 unless given.
     """
-    if isinstance(mask, list):  # of pieces of the queries, each with the mask of the keys that it sees first
-        pieces = zip(q.chunk(len(mask), 2), mask, strict=True)
-        parts = [attend(x, k[:, :, : m.shape[-1]], v[:, :, : m.shape[-1]], m, scale, cap) for x, m in pieces]
-        return torch.cat(parts, 2)
+    if isinstance(mask, list):
+        return attend_pieces(q, k, v, mask, scale, cap)
     if cap is not None:
         return attend_capped(q, k, v, mask, scale or q.shape[-1] ** -0.5, cap)
     few = q.shape[2] == 1 or k.shape[2] <= CPU_SHORT
@@ -759,6 +757,12 @@ def alibi_bias(mask, q_pos, k_pos, H: int):
     distance = distance if distance.dim() == 3 else distance.unsqueeze(0)
     slopes = torch.tensor(alibi_slopes(H), device=mask.device).view(1, H, 1, 1)
     return (-slopes * distance.unsqueeze(1)).masked_fill(~mask.unsqueeze(1), -torch.inf)
+
+def attend_pieces(q, k, v, masks: list, scale, cap):
+    """Compute attention of pieces of the queries, each with the first keys, as many as its mask has."""
+    pieces = zip(q.chunk(len(masks), 2), masks, strict=True)
+    parts = [attend(x, k[:, :, : m.shape[-1]], v[:, :, : m.shape[-1]], m, scale, cap) for x, m in pieces]
+    return torch.cat(parts, 2)
 
 def attend_capped(q, k, v, mask, scale: float, cap: float):
     """Compute attention whose scores stay between -cap and cap: cap * tanh(score / cap) (2408.00118, 2.1)."""

@@ -1684,6 +1684,27 @@ def after_restart(o: Options) -> Options:
     asked = [json.dumps(dataclasses.asdict(options) | derived) for options in (held, o)]
     return held if asked[0] == asked[1] else o  # another run, which --overwrite is to replace
 
+def choose_layout(o: Options, config: Config, ranks: Ranks) -> tuple[Layout, int]:
+    """Check the layout, fill in what follows from it -> (layout, a rank's micro-batches of a step)."""
+    layout = o.layout(ranks.world)
+    check_layout(layout, ranks.world, config)
+    windows = o.tokens_per_step // config.seq_len
+    if o.micro_batch is None and layout.pp > 1:
+        o.micro_batch = default_micro_batch(layout, windows)
+    derive(o, config, layout.dp, ranks.device)
+    m = check_micro_batches(layout, windows, o.micro_batch)
+    check(layout.pp > 1 or o.resume or not o.show_schedule,
+          "--show-schedule draws a pipeline: it needs --pp above 1.")
+    for others, why in UNCOMPILED.items():  # neither has a compiled backward pass in 2.13
+        if o.compile == "on" and others(layout):
+            say(f"torch.compile does not go with {why} here; going on without it.")
+            o.compile = "off"
+    say(f"{count_params(config)[0] / 1e6:.1f}M parameters on {ranks.world} processes ({layout.describe(m)}), "
+        f"{o.optimizer}, {o.dtype} on {ranks.device}; {o.max_steps} steps")
+    if layout.zero and layout.data == 1:
+        say(f"--zero {layout.zero} shards nothing here: no two ranks have the same weights.")
+    return layout, m
+
 def train(o: Options) -> dict:
     """Train on many processes (started by torchrun), as train.py does on one: same data, loss and folders."""
     # 1. Where, with what, and which model on which grid
@@ -1696,24 +1717,8 @@ def train(o: Options) -> dict:
     check(saved.get("data", data) == data, f"The data is not what {o.out} was trained on: restore it.")
     config = make_config(o, sources[0], bool(saved))
     check(config.causal, f"{o.resume or o.init} is a masked model: use train.py, alone or under torchrun.")
-    layout = o.layout(ranks.world)
-    check_layout(layout, ranks.world, config)
-    windows = o.tokens_per_step // config.seq_len
-    if o.micro_batch is None and layout.pp > 1:
-        o.micro_batch = default_micro_batch(layout, windows)
-    derive(o, config, layout.dp, ranks.device)
-    m = check_micro_batches(layout, windows, o.micro_batch)
+    layout, m = choose_layout(o, config, ranks)
     shown = o.show_schedule and layout.pp > 1  # (a run that goes on without a pipeline has the option still)
-    check(shown or o.resume or not o.show_schedule, "--show-schedule draws a pipeline: it needs --pp.")
-    for others, why in UNCOMPILED.items():  # neither has a compiled backward pass in 2.13
-        if o.compile == "on" and others(layout):
-            say(f"torch.compile does not go with {why} here; going on without it.")
-            o.compile = "off"
-    say(f"{count_params(config)[0] / 1e6:.1f}M parameters on {ranks.world} processes ({layout.describe(m)}), "
-        f"{o.optimizer}, {o.dtype} on {ranks.device}; {o.max_steps} steps")
-
-    if layout.zero and layout.data == 1:
-        say(f"--zero {layout.zero} shards nothing here: no two ranks have the same weights.")
 
     # 2. What a step needs, and what surrounds it
     grid, model, forward, optimizer = open_model(o, config, layout, ranks, m)
@@ -1836,8 +1841,6 @@ def plan(
     Activations in bf16, optimizer in fp32. `--preset llama-2-70b --tokens 2e12` answers the interview
     question, `--preset gpt-3-175b --dp 8 --pp 8 --tp 8 --tokens-per-step 2097152` the textbook's example.
     """
-    from rich.table import Table
-
     known = preset in PRESETS and PRESETS[preset].vocab_size
     padded = -(-(known or 4096) // 64) * 64  # so that it divides
     config = resize(preset, seq_len=seq_len, vocab_size=padded)
@@ -1857,18 +1860,7 @@ def plan(
     say(f"{preset}: {n / 1e9:.2f}B parameters on {gpus} ranks; a step of {tokens_per_step / 1e6:.2f}M "
         f"tokens, in micro-batches of {micro_batch} x {config.seq_len}; {len(fitting)} of {len(layouts)} "
         "layouts fit")
-    parts = ("seconds", "compute", "bubble", "tensor", "context", "pipeline", "expert", "data")
-    names = "dp pp cp ep tp ZeRO schedule again m GB s".split() + list(parts[1:])
-    rows = []
-    for row in fitting[:16]:
-        cells = ["yes" if value is True else str(value or 0) for value in list(row.values())[:9]]
-        rows.append([*cells, f"{row['memory'] / 1e9:.1f}", *(f"{row[name]:.3g}" for name in parts)])
-    used = [i for i in range(len(names)) if any(row[i] not in ("0", "1") for row in rows)]
-    title = "GB on a rank, seconds of a step"
-    table = Table(*(names[i] for i in used), title=title, box=None, padding=(0, 1, 0, 0))
-    for row in rows:
-        table.add_row(*("" if row[i] == "0" else row[i] for i in used))
-    console().print(table)
+    console().print(plan_table(fitting[:16]), width=max(console().width, 100), crop=False)
     steps = (tokens or 20 * n) / tokens_per_step
     seconds = steps * fitting[0]["seconds"]
     hours = gpus * seconds / 3600
@@ -1876,6 +1868,23 @@ def plan(
     say(f"The first: {steps * tokens_per_step / 1e9:,.0f}B tokens are {steps:,.0f} steps in "
         f"{seconds / 86400:.1f} days, {hours:,.0f} GPU-hours, {hours * price:,.0f} dollars at {price:g} an "
         f"hour, {mfu:.0%} of the peak.")
+
+def plan_table(layouts: list[dict]):
+    """Make the table of a plan; columns in which all are alike 0 or 1 are left out."""
+    from rich.table import Table
+
+    parts = ("seconds", "compute", "bubble", "tensor", "context", "pipeline", "expert", "data")
+    names = "dp pp cp ep tp ZeRO schedule again m GB s".split() + list(parts[1:])
+    rows = []
+    for row in layouts:
+        cells = ["yes" if value is True else str(value or 0) for value in list(row.values())[:9]]
+        rows.append([*cells, f"{row['memory'] / 1e9:.1f}", *(f"{row[name]:.3g}" for name in parts)])
+    used = [i for i in range(len(names)) if any(row[i] not in ("0", "1") for row in rows)]
+    title = "GB on a rank, seconds of a step"
+    table = Table(*(names[i] for i in used), title=title, box=None, padding=(0, 1, 0, 0))
+    for row in rows:
+        table.add_row(*("" if row[i] == "0" else row[i] for i in used))
+    return table
 
 def export(folder: Annotated[Path, typer.Argument(help="The folder of a run that was stopped.")]) -> None:
     """Join the shards of a folder: then transformers opens it, and train.py --resume goes on with it."""
