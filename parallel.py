@@ -483,7 +483,7 @@ def check_micro_batches(layout: Layout, windows: int, micro_batch: int) -> int:
 def deal_layers(config: Config, stages: int) -> list[range]:
     """Cut the layers into stages of about equal operations, the output matrix counted to the last.
 
-    >>> deal_layers(Config(vocab_size=64, n_layer=5, n_head=4, n_embd=64, ffn_dim=192), 2)
+    >>> deal_layers(PRESETS["nano"].replace(vocab_size=64, n_layer=5), 2)
     [range(0, 3), range(3, 5)]
     """
     L = config.n_layer
@@ -1860,7 +1860,9 @@ def plan(
     say(f"{preset}: {n / 1e9:.2f}B parameters on {gpus} ranks; a step of {tokens_per_step / 1e6:.2f}M "
         f"tokens, in micro-batches of {micro_batch} x {config.seq_len}; {len(fitting)} of {len(layouts)} "
         "layouts fit")
-    console().print(plan_table(fitting[:16]), width=max(console().width, 100), crop=False)
+    screen = console()
+    screen.width = max(screen.width, 100)  # a narrow terminal wraps the lines, and keeps the figures
+    screen.print(plan_table(fitting[:16]))
     steps = (tokens or 20 * n) / tokens_per_step
     seconds = steps * fitting[0]["seconds"]
     hours = gpus * seconds / 3600
