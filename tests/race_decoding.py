@@ -319,7 +319,7 @@ def cache():
         Reader(net).read(ids)
         synchronize(DEVICE)
         prefill = time.perf_counter() - start
-        token = ids[:, :1]
+        token = ids[:, :1].clone()  # strides as in decoding: others would be compiled anew
 
         slow, _ = race({"without": partial(time_read, whole, token, ids[:, :-1])}, 2 if T > 1024 else 5)
         fast, _ = race({"compiled": partial(time_read, kept, token), "eager": partial(time_read, eager, token)},
