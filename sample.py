@@ -26,6 +26,7 @@ repetition: Keskar et al. 2019 (1909.05858). Gumbel-max: 1411.0030. Attention si
 
 import codecs
 import copy
+import functools
 import itertools
 import json
 import math
@@ -571,10 +572,15 @@ def multiply_packed(x, weight):  # (..., K), (N, K) -> (..., N)
     """Multiply rows by a matrix's packed copy, which torch.compile cannot look into."""
     return torch.ops.mkldnn._linear_pointwise(x, COPIES[weight.data_ptr()], None, "none", [], "")
 
-LIBRARY = torch.library.Library("octavo", "DEF")  # an operator of PyTorch's
-LIBRARY.define("multiply_packed(Tensor x, Tensor weight) -> Tensor")
-LIBRARY.impl("multiply_packed", multiply_packed, "CPU")
-LIBRARY.impl("multiply_packed", lambda x, weight: x.new_empty((*x.shape[:-1], len(weight))), "Meta")
+@functools.cache
+def define_operator():
+    """Make `multiply_packed` an operator of PyTorch's when it is first needed -> (it, what holds it)."""
+    name = f"octavo_{id(COPIES)}"  # a name that nobody else in this process has
+    library = torch.library.Library(name, "DEF")
+    library.define("multiply_packed(Tensor x, Tensor weight) -> Tensor")
+    library.impl("multiply_packed", multiply_packed, "CPU")
+    library.impl("multiply_packed", lambda x, weight: x.new_empty((*x.shape[:-1], len(weight))), "Meta")
+    return getattr(torch.ops, name).multiply_packed.default, library
 
 class Packed(Linear):
     """Keep beside a matrix a copy in the order in which oneDNN multiplies a few rows.
@@ -585,7 +591,7 @@ class Packed(Linear):
     def forward(self, x):
         if not is_compiled_on_cpu(x) or is_compiled_row(x) or x.dtype != self.weight.dtype:
             return super().forward(x)
-        y = torch.ops.octavo.multiply_packed(x, self.weight)
+        y = self.operator(x, self.weight)
         return y if self.bias is None else y + self.bias
 
 class PackedHead(Head, Packed):
@@ -606,8 +612,9 @@ def pack_matrices(model, rows: int) -> None:
     for module in modules:
         address = module.weight.data_ptr()
         COPIES[address] = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows)
-        weakref.finalize(module, COPIES.pop, address)
+        weakref.finalize(module, COPIES.pop, address, None)
         module.__class__ = kinds[type(module)]
+        module.operator, _ = define_operator()
 
 # ---- A cache whose rows live by themselves, and the step that is compiled ----------------------------------
 

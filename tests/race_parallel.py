@@ -1,7 +1,7 @@
 """Race two processes of one thread against one of two threads on the default shape, for each axis, and check
 that the planner has them in the measured order.
 
-    python tests/race_parallel.py data/python
+    python tests/race_parallel.py data/python [ROUNDS]
 
 Every run trains the micro preset for some steps; runs take turns. Prints tokens a second (medians of the last
 steps), the ratio to one process, and the planner's estimate from speeds that were measured a moment before.
@@ -9,10 +9,12 @@ steps), the ratio to one process, and the planner's estimate from speeds that we
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,9 +25,9 @@ import torch
 from model import PRESETS
 from parallel import Layout, Machine, step_seconds
 
-STEPS, ROUNDS = 14, 3
-STEP = ["--max-steps", STEPS, "--tokens-per-step", 16_384, "--eval-interval", 1000, "--save-interval", 1000,
-        "--dtype", "fp32", "--compile", "off", "--device", "cpu", "--set", "eval_tokens=2000"]
+STEPS = 6
+STEP = ["--max-steps", 1000, "--tokens-per-step", 16_384, "--eval-interval", 1000, "--save-interval", 1000,
+        "--dtype", "fp32", "--compile", "off", "--device", "cpu"]
 EXPERTS = ["--set", "n_expert=4", "--set", "expert_dim=256"]
 RUNS = {
     "one process": [],
@@ -42,7 +44,7 @@ LAYOUTS = {"dp 2": Layout(dp=2), "tp 2": Layout(tp=2), "cp 2": Layout(cp=2), "pp
 
 
 def tokens_per_second(name: str, data: str) -> float:
-    """Run one training and read the median of its last steps."""
+    """Begin a training, read the median of its steps but the first two, and stop it."""
     with tempfile.TemporaryDirectory() as folder:
         args = ["--data", data, "--out", f"{folder}/run", *STEP, *RUNS[name]]
         one = name.startswith("one")
@@ -50,9 +52,18 @@ def tokens_per_second(name: str, data: str) -> float:
                                            "parallel.py"]
         threads = {"OMP_NUM_THREADS": "2" if one else "1"}
         command = [sys.executable, *map(str, [*launch, *args])]
-        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | threads, capture_output=True)
-        lines = map(json.loads, Path(folder, "run", "metrics.jsonl").read_text().splitlines())
-        return statistics.median([line["tok_per_s"] for line in lines if "loss" in line][3:])
+        with open(f"{folder}/err", "w") as err:
+            process = subprocess.Popen(command, cwd=ROOT, env=os.environ | threads, stdout=err, stderr=err)
+        path, rates = Path(folder, "run", "metrics.jsonl"), []
+        while len(rates) < STEPS:
+            time.sleep(0.2)
+            if process.poll() is not None:
+                raise SystemExit(Path(folder, "err").read_text()[-2000:])
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            rates = [json.loads(line).get("tok_per_s") for line in lines if line.endswith("\n")]
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        return statistics.median(rates[2:STEPS])
 
 
 def gloo_speed() -> float:
@@ -65,9 +76,9 @@ def gloo_speed() -> float:
     return float(done.stdout.split()[-1])
 
 
-def main(data: str) -> None:
+def main(data: str, rounds: str = "3") -> None:
     found = {name: [] for name in RUNS}
-    for _ in range(ROUNDS):
+    for _ in range(int(rounds)):
         for name in RUNS:
             found[name].append(tokens_per_second(name, data))
     rate = {name: statistics.median(values) for name, values in found.items()}
