@@ -1,5 +1,5 @@
-"""Race two processes of one thread against one of two threads on the default shape, for each axis, and check
-that the planner has them in the measured order.
+"""Race two processes of one thread against one of two threads, for each axis, on the default shape (with four
+heads, which divide by two), and check that the planner has four layouts in the measured order.
 
     python tests/race_parallel.py data/python [ROUNDS]
 
@@ -27,7 +27,8 @@ from parallel import Layout, Machine, step_seconds
 
 STEPS = 6
 STEP = ["--max-steps", 1000, "--tokens-per-step", 16_384, "--eval-interval", 1000, "--save-interval", 1000,
-        "--dtype", "fp32", "--compile", "off", "--device", "cpu"]
+        "--dtype", "fp32", "--compile", "off", "--device", "cpu",
+        "--set", "n_head=4", "--set", "n_kv_head=4", "--set", "head_dim=48"]  # three heads do not divide by two
 EXPERTS = ["--set", "n_expert=4", "--set", "expert_dim=256"]
 RUNS = {
     "one process": [],
@@ -88,7 +89,7 @@ def main(data: str, rounds: str = "3") -> None:
         print(f"{name:30} {rate[name]:9,.0f} tok/s ({spread}), {rate[name] / one:.2f} times one process")
 
     vocab = json.loads(Path(data, "meta.json").read_text())["vocab_size"]
-    config = PRESETS["micro"].replace(vocab_size=-(-vocab // 64) * 64)
+    config = PRESETS["micro"].replace(vocab_size=-(-vocab // 64) * 64, n_head=4, n_kv_head=4, head_dim=48)
     speed = gloo_speed()
     peak = 6 * parallel.count_params(config)[0] * rate["one process"] / 2  # of one thread, as it trains
     machine = Machine(2, 24e9, peak, 1.0, speed, itemsize=4)
