@@ -81,24 +81,21 @@ SPLIT_EXPERTS = {
 LAYOUTS[4] |= PIPELINES | CONTEXTS | SPLIT_EXPERTS
 SHORT = {"muon": ("zero-3", "zero-1 x tp 2"),
          "adamw": ("ddp", "zero-1", "zero-2", "zero-3 x tp 2", "tp 4, sequence", "replicate x shard")}
-LONG = {"muon": ("ddp", "zero-1", "zero-2", "tp 2", "tp 4, sequence", "zero-2 x tp 2, sequence", "replicate x shard"),
-        "adamw": ("zero-3", "tp 2", "zero-1 x tp 2", "zero-2 x tp 2, sequence"), "experts, muon": ("zero-1",),
-        "experts, adamw": ("ddp", "zero-3"), "adamw, accumulate": ("ddp", "zero-2", "zero-3 x tp 2")}
-EIGHT = {"muon, accumulate": ("dp 2 x pp 2 x tp 2",), "adamw, accumulate": tuple(LAYOUTS[8])[2:],
-         "muon": ("replicate x shard x tp",)}
+LONG = {"muon": ("ddp", "zero-2", "tp 4, sequence", "replicate x shard"),
+        "adamw": ("tp 2", "zero-2 x tp 2, sequence"), "experts, adamw": ("zero-3",), "adamw, accumulate": ("ddp", "zero-2")}
+EIGHT = {"muon, accumulate": ("dp 2 x pp 2 x tp 2",),
+         "adamw, accumulate": ("pp 2 x cp 2 x tp 2", "zero-2 x dp 2 x pp 2 x tp 2, sequence")}
 
 # Eight micro-batches a step, four a rank on two ranks of data; stages need layers.
 DEEP = {"n_layer": 8, "micro_batch": 2, "optimizer": "adamw"}
-PP = {"deep": (*(f"pp 4, {name}" for name in parallel.SCHEDULES), "dp 2 x pp 2, 1f1b", "zero-2 x pp 2",
-               "zero-2 x pp 2, interleaved", "zero-2 x pp 2, zero-bubble", "tp 2 x pp 2, sequence"),
-      "deep, untied": ("pp 4, 1f1b",), "windows, sequence": ("tp 2 x pp 2, sequence",), "deep, recompute": ("pp 4, 1f1b", "pp 4, zero-bubble"),
-      "deep, muon": ("pp 4, 1f1b", "zero-1 x pp 2", "tp 2 x pp 2")}
-CP = {"adamw, accumulate": tuple(CONTEXTS), "muon": ("dp 2 x cp 2", "zero-3 x cp 2"), "windows, documents": ("cp 4", "pp 2 x cp 2"),
-      "experts, context": ("dp 2 x cp 2", "pp 2 x cp 2"), "latent": ("cp 4",)}
-FAMILIES = {"gpt": ("zero-3 x tp 2", "tp 2 x pp 2"), "gemma": ("tp 4", "pp 2 x cp 2")}
-EP = {"experts, accumulate": ("ep 4", "zero-2 x ep 2", "zero-3 x ep 2", "zero-3 x tp 2", "ep 2 x tp 2", "ep 2 x pp 2",
-                              "tp 4, sequence"),
-      "experts, muon": ("zero-1 x ep 2", "zero-3 x ep 4", "tp 4"), "experts, adamw": ("ep 4", "zero-3 x ep 2")}
+PP = {"deep": (*(f"pp 4, {name}" for name in parallel.SCHEDULES), "zero-2 x pp 2, zero-bubble"),
+      "deep, untied": ("pp 4, 1f1b",), "windows, sequence": ("tp 2 x pp 2, sequence",),
+      "deep, recompute": ("pp 4, zero-bubble",), "deep, muon": ("zero-1 x pp 2", "tp 2 x pp 2")}
+CP = {"adamw, accumulate": ("cp 4", "zero-3 x cp 2", "cp 2 x tp 2"), "muon": ("zero-3 x cp 2",),
+      "windows, documents": ("pp 2 x cp 2",), "experts, context": ("dp 2 x cp 2",), "latent": ("cp 4",)}
+FAMILIES = {"gpt": ("tp 2 x pp 2",), "gemma": ("tp 4",)}
+EP = {"experts, accumulate": ("ep 4", "zero-3 x ep 2", "ep 2 x tp 2", "tp 4, sequence"),
+      "experts, muon": ("zero-1 x ep 2",), "experts, adamw": ("zero-2 x ep 2", "ep 2 x pp 2")}
 
 EXPERTS = ["n_expert=4", "z_loss=0.001", "capacity=1.25", "balance_rate=0.01"]
 # Muon's rate is small: Newton-Schulz runs in bf16, where float noise in a gradient becomes 2^-8 of an update

@@ -76,12 +76,12 @@ def test_layouts_equal_one_process(found):
 @pytest.mark.slow
 def test_all_layouts_equal_one_process(measure):
     results = measure(4, "long")["long"]
-    assert len(results) == 7 + 4 + 1 + 2 + 3
+    assert len(results) == 9
     assert_equal(results)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job, count", [("pipelines", 17), ("contexts", 13), ("experts", 12), ("families", 4)])
+@pytest.mark.parametrize("job, count", [("pipelines", 11), ("contexts", 7), ("experts", 7), ("families", 2)])
 def test_pipelines_contexts_and_experts_equal_one_process(job, count, measure):
     results = measure(4, job)[job]
     assert len(results) == count
@@ -92,7 +92,7 @@ def test_pipelines_contexts_and_experts_equal_one_process(job, count, measure):
     share = {name: r["share"] for name, r in results.items()}
     if job == "pipelines":
         assert share["pp 4, 1f1b, deep"] == pytest.approx(0.26, abs=0.01)
-        assert share["zero-2 x pp 2, deep"] == pytest.approx(0.25, abs=0.01)
+        assert share["zero-2 x pp 2, zero-bubble, deep"] == pytest.approx(0.25, abs=0.01)
     if job == "experts":
         assert share["ep 4, experts, accumulate"] == pytest.approx(0.42, abs=0.01)  # a quarter of the experts
         assert share["zero-3 x ep 2, experts, accumulate"] == pytest.approx(0.25, abs=0.01)
@@ -101,7 +101,7 @@ def test_pipelines_contexts_and_experts_equal_one_process(job, count, measure):
 @pytest.mark.slow
 def test_three_axes_on_eight(measure):
     results = measure(8, "eight")["eight"]
-    assert len(results) == 5
+    assert len(results) == 3
     assert_equal(results)
 
 
