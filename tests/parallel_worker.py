@@ -138,26 +138,21 @@ COUNTS = {
     "zero-3, muon, deep": {"zero": 3, "optimizer": "muon", "n_layer": 8},
     "replicate x shard, muon": {"zero": 3, "replicate": 2, "optimizer": "muon"},
     "pp 4": {"pp": 4, "n_layer": 8, "micro_batch": 2},
-    "pp 2 x dp 2, interleaved": {"pp": 2, "pp_schedule": "interleaved", "n_layer": 8, "micro_batch": 2},
     "zero-2 x pp 2": {"pp": 2, "zero": 2, "n_layer": 8, "micro_batch": 2},
     "zero-1 x pp 2, muon": {"pp": 2, "zero": 1, "n_layer": 8, "micro_batch": 2, "optimizer": "muon"},
     "tp 2 x pp 2": {"pp": 2, "tp": 2, "n_layer": 8, "micro_batch": 2},
     "cp 4": {"cp": 4},
-    "cp 2, recompute": {"cp": 2, "recompute": True},
     "zero-3 x cp 2, muon": {"cp": 2, "zero": 3, "optimizer": "muon"},
     "ep 4": {"ep": 4, "set": ["n_expert=4"]},
     "zero-3 x ep 2": {"ep": 2, "zero": 3, "set": ["n_expert=4"]},
-    "zero-1 x ep 2, muon": {"ep": 2, "zero": 1, "optimizer": "muon", "set": ["n_expert=4"]},
     "tp 4, experts": {"tp": 4, "set": ["n_expert=4", "n_expert_shared=1"]},
 }
 
 
 PEAKS = {name: {"pp": 4, "pp_schedule": name} for name in parallel.SCHEDULES} | {
     "zero-2 x pp 2": {"pp": 2, "zero": 2},
-    "dp 4": {"micro_batch": 4},
     "cp 4": {"cp": 4, "micro_batch": 16},
     "cp 2 x tp 2": {"cp": 2, "tp": 2, "micro_batch": 16},
-    "dp 4, experts": {"micro_batch": 4, "set": ["n_expert=4", "expert_dim=64"]},
     "ep 4": {"ep": 4, "micro_batch": 4, "set": ["n_expert=4", "expert_dim=64"]},
     "tp 4, experts": {"tp": 4, "micro_batch": 16, "set": ["n_expert=4", "expert_dim=64"]},
 }

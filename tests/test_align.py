@@ -1073,6 +1073,7 @@ def race_data(modules, tokenizer, count):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("OCTAVO_RACES" not in os.environ, reason="a race of a minute and a half: OCTAVO_RACES=1 runs it")
 @pytest.mark.parametrize("stage, dtype", [("sft", "fp32"), ("dpo", "fp32"), ("reward", "fp32")])
 def test_seconds_of_an_epoch_beside_trls(stage, dtype, modules, tmp_path):
     """An epoch of the same conversations in 20 steps, the default model's shape, one precision, taking turns.

@@ -409,7 +409,7 @@ def test_a_killed_command_resumes_to_the_same_bits(data, tmp_path):
     assert kill_and_resume(data, tmp_path / "cut", 2, 0, **sizes) == (2, weights(tmp_path / "whole"))
 
 
-KILLS = int(os.environ.get("OCTAVO_KILLS", 8))  # 20 of them take a minute and a half
+KILLS = int(os.environ.get("OCTAVO_KILLS", 5))  # 20 of them take a minute and a half
 
 
 @pytest.mark.slow
