@@ -646,7 +646,8 @@ def communication(config: Config, N: int, layout: Layout, recompute=False, e=2, 
         whole = m * 4 * N * c.n_embd / pp  # float32 at either end of the model
         # three numbers a token for the loss, and the gradient of what the output matrix reads
         rows.append(("all_reduce", "tensor", m * (3 * 4 * N + low) / pp))
-        rows.append(("all_reduce", "tensor", m * sparse * 4 * N * c.n_expert_active))  # their gradients
+        # the gradient of the weights that a router gives its experts
+        rows.append(("all_reduce", "tensor", m * sparse * 4 * N * c.n_expert_active))
         if layout.sequence:  # (to be computed again, what was split is gathered again)
             gathered = sent + m * (1 / pp + layers * recompute)
             rows.append(("all_gather", "tensor", gathered * low + whole))

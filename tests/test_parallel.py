@@ -457,6 +457,24 @@ def test_plan_command(capsys):
     assert "80 layers do not make 256 stages" in refusal(parallel.plan, "--pp", 128)
 
 
+def test_a_plans_machine_and_price(capsys):
+    args = ["--preset", "llama-3-8b", "--gpus", 8, "--tp", 8, "--zero", 1, "--tokens-per-step", 2**17]
+
+    def first(*more):
+        call(parallel.plan, *args, *more, "--json")
+        return json.loads(capsys.readouterr().out.splitlines()[0])
+
+    base = first()
+    assert first("--peak", 494.5)["compute"] == pytest.approx(2 * base["compute"])
+    assert first("--utilisation", 0.9)["compute"] == pytest.approx(base["compute"] / 2)
+    assert first("--nvlink", 225)["tensor"] == pytest.approx(2 * base["tensor"])
+    dollars = []
+    for price in (2, 4):
+        call(parallel.plan, *args, "--price", price, "--tokens", 1e12)
+        dollars.append(float(capsys.readouterr().err.split(" dollars")[0].split()[-1].replace(",", "")))
+    assert dollars[1] == pytest.approx(2 * dollars[0], rel=1e-4)
+
+
 def test_the_textbooks_layout(capsys):
     """175B on 512 ranks as 8 x 8 x 8: 2.7B parameters a rank, 350 GB of weights in bf16 on 64 of them."""
     args = ["--preset", "gpt-3-175b", "--dp", 8, "--pp", 8, "--tp", 8, "--zero", 1, "--pp-schedule", "1f1b", "--json"]

@@ -4,8 +4,8 @@ import dataclasses
 import errno
 import itertools
 import json
-import os
 import math
+import os
 import random
 import shutil
 import signal
