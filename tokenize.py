@@ -901,19 +901,6 @@ def steps_of(spec: dict, part: str, known) -> list:
 
 # A codec reads a file -> {id: bytes} and a function from a piece of text to ids.
 
-class Memory(dict):
-    """Remember what a function gave for a word: most words of a text come again."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def __missing__(self, word):
-        if len(self) > 2**18:
-            self.clear()
-        self[word] = self.function(word)
-        return self[word]
-
 def bytes_codec(spec: dict, pattern: str | None):
     """Read BPE on bytes; tiktoken merges. pattern: cuts a piece further."""
     vocab = spec["model"]["vocab"]
@@ -1013,6 +1000,7 @@ def wordpiece_codec(spec: dict):
     unknown = vocab[model["unk_token"]]
     longest = model["max_input_chars_per_word"]
 
+    @functools.lru_cache(2**18)  # most words of a text come again
     def encode(word: str) -> list[int]:
         ids = []
         start = 0
@@ -1029,7 +1017,7 @@ def wordpiece_codec(spec: dict):
     tokens = {}
     for name, i in vocab.items():
         tokens[i] = name.removeprefix(prefix).encode() if name.startswith(prefix) else b" " + name.encode()
-    return tokens, Memory(encode).__getitem__
+    return tokens, encode
 
 class Unigram:
     """Read Unigram: the likeliest way to cut a piece, word by word where no token goes across."""
@@ -1048,10 +1036,10 @@ class Unigram:
         texts = {name: p for name, p in logp.items() if not re.fullmatch("<0x..>", name)}
         self.text_costs = (texts, *self.costs[1:])  # no way but the likeliest may take a byte's name for it
         self.find = regex.compile(cut_pattern(list(texts)) if exact else r"[\s\S]+").findall
-        self.words = Memory(lambda word: viterbi(word, *self.costs))
+        self.cut_word = functools.lru_cache(2**18)(lambda word: viterbi(word, *self.costs))
 
     def __call__(self, text: str) -> list[int]:
-        return self.number([piece for word in self.find(text) for piece in self.words[word]])
+        return self.number([piece for word in self.find(text) for piece in self.cut_word(word)])
 
     def number(self, pieces: list[str]) -> list[int]:
         """Give pieces their ids, and characters without one those of their bytes, or of the unknown token."""
@@ -1543,16 +1531,13 @@ def spaced(text: str, nfkc: bool) -> str:
     text = unicodedata.normalize("NFKC", text) if nfkc else text
     return text.replace(SPACE, " ") if text.startswith(" ") else " " + text.replace(SPACE, " ")
 
-def count_parts(texts, count, what: str) -> Counter:
+def count_parts(texts, count) -> Counter:
     """Count words over all cores, a few megabytes at a time."""
+    parts = (part for text in texts for part in cut(text, 20_000))
     words = Counter()
-    for counts in compute(count, group(cut_all(texts), 4_000_000), what, processes=True):
+    for counts in compute(count, group(parts, 4_000_000), processes=True):
         words.update(counts)
     return words
-
-def cut_all(texts):
-    for text in texts:
-        yield from cut(text, 20_000)
 
 def choose_alphabet(words: dict, coverage: float) -> list[str]:
     """List the characters that make up this share of the text, the most frequent first."""
@@ -1601,15 +1586,15 @@ def learn_chars(texts, special, **options):
         counts.update(text)
     return char_file(sorted(counts), special), counts.total()
 
-def merging(n_merges: int):
-    return lambda steps: track(steps, "merging", n_merges)
+def show_merging(steps):
+    return track(steps, "merging")
 
 def learn_bpe(texts, special, vocab_size, pattern, **options):
     """Learn byte-level BPE."""
     n_merges = vocab_size - 256 - len(special)
     check(n_merges > 0, f"{vocab_size} ids are too few for 256 bytes and {len(special)} special tokens")
-    words = count_parts(texts, partial(count_words, pattern=pattern), "counting words")
-    merges, n_tokens = train_bpe(in_bytes(words), n_merges, watch=merging(n_merges))
+    words = count_parts(texts, partial(count_words, pattern=pattern))
+    merges, n_tokens = train_bpe(in_bytes(words), n_merges, watch=show_merging)
     return bpe_file(merges, pattern, special), n_tokens
 
 def in_bytes(words: dict) -> dict:
@@ -1624,7 +1609,7 @@ def count_tokens(spec: dict, words: dict) -> int:
 def learn_wordpiece(texts, special, vocab_size, normalizer, coverage, **options):
     """Learn WordPiece: of each character one token for a word's first place, one for the others."""
     spec = wordpiece_file(["[UNK]"], special, normalizer != "cased")
-    words = count_parts(texts, partial(count_pieces, spec=spec), "counting words")
+    words = count_parts(texts, partial(count_pieces, spec=spec))
     chars = sorted(choose_alphabet(words, coverage))
     first = sorted({word[0] for word in words} & set(chars))
     rest = sorted({c for word in words for c in word[1:]} & set(chars))
@@ -1639,7 +1624,7 @@ def learn_wordpiece(texts, special, vocab_size, normalizer, coverage, **options)
             rows[ids] = n
     check(rows, f"no word is left of the characters that --coverage {coverage} keeps: give a larger one")
     n_merges = vocab_size - len(names) - len(special) - 1
-    merges = train_wordpiece(rows, n_merges, len(names), merging(n_merges))
+    merges = train_wordpiece(rows, n_merges, len(names), show_merging)
     for a, b in merges:
         names.append(names[a] + names[b].removeprefix("##"))
     spec = wordpiece_file(list(dict.fromkeys(["[UNK]", *names])), special, normalizer != "cased")
@@ -1648,8 +1633,7 @@ def learn_wordpiece(texts, special, vocab_size, normalizer, coverage, **options)
 def learn_sentencepiece(texts, special, vocab_size, normalizer, coverage, unigram=False, **options):
     """Learn SentencePiece's BPE or Unigram: on characters, a space is one of them, rare ones become bytes."""
     nfkc = normalizer == "nfkc"
-    found = count_parts(texts, partial(count_words, pattern="words", prepare=partial(spaced, nfkc=nfkc)),
-                        "counting words")
+    found = count_parts(texts, partial(count_words, pattern="words", prepare=partial(spaced, nfkc=nfkc)))
     words = Counter()
     for word, n in found.items():
         for start in range(0, len(word), MAX_WORD_CHARS):
@@ -1669,13 +1653,13 @@ def learn_sentencepiece(texts, special, vocab_size, normalizer, coverage, unigra
                 parts["".join(cs)] += n
     if unigram:
         parts.update(dict.fromkeys(alphabet, 0))
-        logp = train_unigram(parts, room, lambda steps: track(steps, "fitting", len(steps)))
+        logp = train_unigram(parts, room, lambda steps: track(steps, "fitting"))
         vocab = [[name, RARE_PIECE] for name in base] + [[piece, p] for piece, p in logp.items()]
         model = {"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": True}
     else:
         number = {c: i for i, c in enumerate(alphabet)}
         rows = {tuple(map(number.get, word)): n for word, n in parts.items()}
-        merges, _ = train_bpe(rows, room - len(alphabet), len(alphabet), merging(room - len(alphabet)))
+        merges, _ = train_bpe(rows, room - len(alphabet), len(alphabet), show_merging)
         names = list(alphabet)
         for a, b in merges:
             names.append(names[a] + names[b])
@@ -1878,7 +1862,7 @@ class Documents:
 
     def read(self, rows, what: str):
         """Yield the texts of these documents, with a bar."""
-        yield from map(self.text, track(rows, what, len(rows)))
+        yield from map(self.text, track(rows, what))
 
 def read_documents(files: list, field: str, filters=None, folder=None, seed=0, signed=True) -> tuple:
     """Read files: return Documents, {reason: what was dropped}, [source, name, hash] of each.
@@ -1897,7 +1881,7 @@ def read_documents(files: list, field: str, filters=None, folder=None, seed=0, s
     n_bytes = sum(path.stat().st_size for _, _, path, _ in files if path.is_file())
     contents = track(read_contents(files, field, hashes), "reading", n_bytes, lambda content: content[-1])
     batches = group(contents, 4_000_000, lambda content: len(content[3]))
-    for judged in compute(partial(judge, filters, signed), batches, "filtering", processes=True):
+    for judged in compute(partial(judge, filters, signed), batches, processes=True):
         for source, name, named, text, reason, size, key, signature in judged:
             bad = named and reason in MUST_PASS
             check(not bad, f"{name} is {reason}, and has to be UTF-8 text")
@@ -2141,10 +2125,9 @@ def find_worst(documents: Documents, rows: np.ndarray, reference: str, share=0.1
     scores = [weights[hash_pairs(text)].mean() for text in documents.read(rows, "judging quality")]
     return rows[np.argsort(scores, kind="stable")[: int(share * len(rows))]]
 
-def compute(function, items, what: str, processes=False):
+def compute(function, items, processes=False):
     """Yield function(item) for each item in turn, computed on all cores; a few items are held at a time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    total = len(items) if hasattr(items, "__len__") else None  # a generator has a bar of its own
     items = iter(items)
     first = list(islice(items, cores))
     # Threads are enough for tiktoken. Worker processes start the program that runs: it has to be this file.
@@ -2156,15 +2139,12 @@ def compute(function, items, what: str, processes=False):
         pool = ThreadPoolExecutor(cores)
     with delayed_ctrl_c():  # the workers inherit this, so they are quiet while they start, too
         window = deque(pool.submit(function, item) for item in first)
-
-    def results():
+    try:
         for item in items:
             window.append(pool.submit(function, item))
             yield window.popleft().result()
-        yield from (future.result() for future in window)
-
-    try:
-        yield from results() if total is None else track(results(), what, total)
+        for future in window:
+            yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -2176,11 +2156,11 @@ def delayed_ctrl_c():
         stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
     return stack
 
-def track(items, what, total, size_of=lambda item: 1):
-    """Go through items with a bar and the time left."""
+def track(items, what, total=None, size_of=lambda item: 1):
+    """Go through items with a bar and the time left. total: of their sizes."""
     from rich import console, progress  # here, as `encode` has to start fast
     with progress.Progress(console=console.Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(what, total=len(items) if total is None else total)
         for item in items:
             yield item
             bar.advance(task, size_of(item))
@@ -2553,7 +2533,7 @@ def encode_documents(tok: Tokenizer, documents: Documents, rows: np.ndarray, spl
             shutil.copyfileobj(file, target, 2**20)
 
     texts = group(documents.read(rows, f"encoding {split}"), 200_000)
-    encoded = chain.from_iterable(compute(encode, texts, ""))
+    encoded = chain.from_iterable(compute(encode, texts))
     for i, ids in zip(rows, encoded, strict=True):
         file.write(ids.tobytes())
         source = documents.sources[documents.source[i]]

@@ -346,7 +346,7 @@ def test_bad_input_gets_a_sentence(tmp_path, args, said, monkeypatch):
 
 def test_a_few_items_are_held_at_a_time():
     taken = itertools.count()
-    results = tk.compute(lambda i: i * i, (next(taken) for _ in range(10**9)), "")
+    results = tk.compute(lambda i: i * i, (next(taken) for _ in range(10**9)))
     assert [next(results) for _ in range(5)] == [0, 1, 4, 9, 16]
     results.close()
     assert next(taken) <= 5 + 2 * (os.cpu_count() or 1)
