@@ -48,6 +48,7 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated
 
+sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves this folder out
 from model import (  # before torch: it says how OpenMP's threads wait
     DTYPES, PRESETS, Cache, Config, Tokens, Transformer, UserError, build_optimizer, check, check_memory,
     config_to_hf, count_params, count_weights, flops_per_token, is_a, load_model, load_tokenizer, peak_flops,

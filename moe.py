@@ -21,10 +21,12 @@ import json
 import keyword
 import math
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
+sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves this folder out
 from model import (  # before torch: it says how OpenMP's threads wait
     AUX, MLP, QWEN, Config, Family, Linear, Tokens, Transformer, check, check_memory, check_out, config_to_hf,
     console, count_params, evaluate, find_checkpoint, load_model, load_tokenizer, opt, pick_device,

@@ -31,6 +31,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
+sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves this folder out
 from model import (  # before torch: it says how OpenMP's threads wait
     AUX, KEEP_LOGITS, PRESETS, START, Batches, Config, Linear, Ranks, Run, Tokens, TrainOptions, Transformer,
     UserError, visible,

@@ -18,12 +18,14 @@ Left out: sharded and tensor-parallel training (parallel.py).
 import contextlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves this folder out
 from model import (  # before torch: it says how OpenMP's threads wait
     IGNORE, START, Batches, Config, Run, Tokens, TrainOptions, Transformer, UserError, barrier,
     build_optimizer, check, check_out, clip_gradients, command, config_to_hf, console, count_params,

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import runpy
+import subprocess
 import sys
 
 import model
@@ -75,3 +76,12 @@ def test_numbers_that_make_no_sense_are_refused(name, tmp_path, monkeypatch):
                     taken.append(f"{name}.py {command} {option}={value}: {words[:90]}")
     assert tried
     assert not taken, "\n".join(taken)
+
+
+def test_scripts_find_model_without_their_folder_on_the_path():
+    """`python -P`, `-I` and PYTHONSAFEPATH leave the script's folder out of the import path."""
+    code = ("import runpy, sys\npath = list(sys.path)\nfor script in sys.argv[1:]:\n    runpy.run_path(script)\n"
+            "    sys.path[:] = path\n    sys.modules.pop('model', None)\n")
+    scripts = [str(ROOT / f"{name}.py") for name in SCRIPTS if name != "sample"]
+    done = subprocess.run([sys.executable, "-P", "-c", code, *scripts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
