@@ -70,7 +70,7 @@ else:
     from collections import Counter, defaultdict, deque
     from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
     from functools import partial
-    from itertools import chain, groupby, islice, pairwise
+    from itertools import accumulate, chain, groupby, islice, pairwise
     from pathlib import Path
     from typing import Annotated, Literal
 
@@ -230,6 +230,18 @@ def merge(ids: list, pair: tuple, new: int) -> list:
         i += 2 if joined else 1
     return out
 
+def count_units(rows) -> Counter:
+    """Count the units of (word, how often it occurs).
+
+    >>> count_units([("aab", 2)])
+    Counter({'a': 4, 'b': 2})
+    """
+    counts = Counter()
+    for word, n in rows:
+        for unit in word:
+            counts[unit] += n
+    return counts
+
 def train_plain(words: dict, n_merges: int, n_units: int, wordpiece: bool = False) -> list:
     """Learn merges as the method is told: count all pairs, join the best, repeat.
 
@@ -247,12 +259,10 @@ def train_plain(words: dict, n_merges: int, n_units: int, wordpiece: bool = Fals
     while len(merges) < n_merges:
         new = n_units + len(merges)
         counts = {}
-        tokens = Counter()
         for ids, n in rows:
             get_pairs(ids, counts, n)
-            for i in ids:
-                tokens[i] += n
         if wordpiece:
+            tokens = count_units(rows)
             counts = {(a, b): n / (tokens[a] * tokens[b]) for (a, b), n in counts.items() if n >= least}
         if not counts and wordpiece and least > 1:
             least //= 2
@@ -354,48 +364,48 @@ def train_bpe(words: dict, n_merges: int, n_units: int = 256, watch=iter) -> tup
     return merges, row.n_tokens()
 
 def train_wordpiece(words: dict, n_merges: int, n_units: int, watch=iter) -> list:
-    """Learn the merges of `train_plain(..., wordpiece=True)`, fast: one array of scores, mended where a merge
-    changed them; a heap would not do, as a pair's score rises when its parts become rarer."""
+    """Learn the merges of `train_plain(..., wordpiece=True)`, fast.
+
+    A pair's score changes with its parts, too: then it goes into the heap once more, and what is there with
+    an old score is passed over.
+    """
     row = Row(words, n_units)
-    tokens = Counter()
-    for ids, n in words.items():
-        for i in ids:
-            tokens[i] += n
-    pairs = []
-    around = defaultdict(set)  # id -> the places of its pairs in `pairs` and `score`
-    score = np.zeros(1024)
+    tokens = count_units(words.items())
+    around = defaultdict(set)  # id -> its pairs
     least = first_bound(words, n_units + n_merges)
+    queue = []  # a heap: the best score first, then the smallest ids
     merges = []
 
-    def update_scores(places) -> None:
-        for k in places:
-            a, b = pairs[k]
-            n = row.counts[a, b]
-            score[k] = n / (tokens[a] * tokens[b]) if n >= least else 0
+    def score(pair: tuple) -> float:
+        n = row.counts[pair]
+        return n / (tokens[pair[0]] * tokens[pair[1]]) if n >= least else 0
 
     fresh = list(row.counts)
     changed = set()
     for new in watch(range(n_units, n_units + n_merges)):
-        for k, (a, b) in enumerate(fresh, len(pairs)):
-            around[a].add(k)
-            around[b].add(k)
-            changed.add(k)
-        pairs += fresh
-        score = np.resize(score, 2 * len(pairs)) if len(pairs) > len(score) else score
-        score[len(pairs) :] = 0
-        update_scores(changed)
-        while (best := score.max()) == 0 and least > 1:
+        for pair in fresh:
+            for i in pair:
+                around[i].add(pair)
+        for pair in changed.union(fresh):
+            if row.counts[pair] >= least:
+                heapq.heappush(queue, (-score(pair), pair))
+        while True:
+            while queue and -queue[0][0] != score(queue[0][1]):
+                heapq.heappop(queue)
+            if queue or least == 1:
+                break
             least //= 2
-            update_scores(range(len(pairs)))
-        if best == 0:
+            queue = [(-score(pair), pair) for pair, n in row.counts.items() if n >= least]
+            heapq.heapify(queue)
+        if not queue:
             break
-        a, b = min(pairs[k] for k in np.flatnonzero(score == best))
+        a, b = heapq.heappop(queue)[1]
         merges.append((a, b))
         fresh, tokens[new] = row.join(a, b)
         tokens[a] -= tokens[new]
         tokens[b] -= tokens[new]
         changed = around[a] | around[b]
-        gone = {k for k in changed if row.counts[pairs[k]] == 0}
+        gone = {pair for pair in changed if row.counts[pair] == 0}
         around[a] -= gone
         around[b] -= gone
     return merges
@@ -524,7 +534,8 @@ def train_unigram(words: dict, size: int, watch=iter) -> dict:
     for _ in watch(range(rounds)):
         for _ in range(2):
             counts, whole = lattice.expect(p)
-            p = estimate(counts)
+            p = np.maximum(counts - 0.5, 1e-3)  # SentencePiece's estimate: n - 1/2 is near exp(digamma(n))
+            p = p / p.sum()
         if len(pieces) == size:
             break
         counts, whole = lattice.expect(p)
@@ -543,11 +554,6 @@ def train_unigram(words: dict, size: int, watch=iter) -> dict:
     costs = np.round(-np.log(p) / LOGP_STEP) * LOGP_STEP
     ranked = sorted(zip(costs.tolist(), pieces, strict=True))
     return {piece: -cost for cost, piece in ranked}
-
-def estimate(counts):
-    """Turn expected counts into probabilities; n - 1/2 is near exp(digamma(n)), SentencePiece's estimate."""
-    p = np.maximum(counts - 0.5, 1e-3)
-    return p / p.sum()
 
 def viterbi(text: str, logp: dict, longest: int, unknown: float) -> list[str]:
     """Cut a text into the pieces whose log p add up to most; of equal ways the one with the longest last.
@@ -797,21 +803,23 @@ def describe_tokenizer(model: dict, special: tuple = SPECIAL, **parts) -> dict:
 
 def bpe_file(merges: list, pattern: str, special: tuple = SPECIAL) -> dict:
     """Describe byte-level BPE: bytes, merges, special tokens."""
-    names = list(CHAR.values())
-    for a, b in merges:
-        names.append(names[a] + names[b])
     split = {"type": "Split", "pattern": {"Regex": PATTERNS[pattern]}, "behavior": "Isolated"}
     split["invert"] = False
     level = json.loads(BYTE_LEVEL)
-    return describe_tokenizer(
-        bpe_model(names, [[names[a], names[b]] for a, b in merges]), special,
-        pre_tokenizer={"type": "Sequence", "pretokenizers": [split, level]}, decoder=level)
+    steps = {"type": "Sequence", "pretokenizers": [split, level]}
+    return describe_tokenizer(bpe_model(CHAR.values(), merges), special, pre_tokenizer=steps, decoder=level)
 
-def bpe_model(names: list[str], merges: list, **options) -> dict:
-    """Describe BPE that knows these tokens, in the order of their ids."""
+def bpe_model(alphabet, merges: list, before=(), **options) -> dict:
+    """Describe BPE: tokens that no merge makes, the alphabet, what each merge makes of two of these."""
+    names = list(alphabet)
+    pairs = []
+    for a, b in merges:
+        pairs.append([names[a], names[b]])
+        names.append(names[a] + names[b])
+    vocab = {name: i for i, name in enumerate([*before, *names])}
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
              "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
-    return model | options | {"vocab": {name: i for i, name in enumerate(names)}, "merges": merges}
+    return model | options | {"vocab": vocab, "merges": pairs}
 
 def char_file(names: list[str], special: tuple = SPECIAL) -> dict:
     """Describe a tokenizer with one id a character: BPE that merges nothing."""
@@ -1541,18 +1549,10 @@ def count_parts(texts, count) -> Counter:
 
 def choose_alphabet(words: dict, coverage: float) -> list[str]:
     """List the characters that make up this share of the text, the most frequent first."""
-    counts = Counter()
-    for word, n in words.items():
-        for c in word:
-            counts[c] += n
-    room = coverage * sum(counts.values())
-    kept = []
-    for c, n in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])):
-        if room <= 0:
-            break
-        kept.append(c)
-        room -= n
-    return kept
+    counts = count_units(words.items())
+    ranked = sorted(counts, key=lambda c: (-counts[c], c))
+    before = accumulate((counts[c] for c in ranked), initial=0)
+    return [c for c, n in zip(ranked, before, strict=False) if n < coverage * counts.total()]
 
 def train_tokenizer(texts, algorithm="bpe", vocab_size=4096, pattern="gpt4", normalizer=None, coverage=0.9995,
                     special=(), chat="chatml"):
@@ -1660,11 +1660,7 @@ def learn_sentencepiece(texts, special, vocab_size, normalizer, coverage, unigra
         number = {c: i for i, c in enumerate(alphabet)}
         rows = {tuple(map(number.get, word)): n for word, n in parts.items()}
         merges, _ = train_bpe(rows, room - len(alphabet), len(alphabet), show_merging)
-        names = list(alphabet)
-        for a, b in merges:
-            names.append(names[a] + names[b])
-        pairs = [[names[a], names[b]] for a, b in merges]
-        model = bpe_model([*base, *names], pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        model = bpe_model(alphabet, merges, base, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     spec = sentencepiece_file(model, special, nfkc)
     return spec, count_tokens(spec, words)
 
