@@ -1505,7 +1505,7 @@ def finish_save(folder: str | Path) -> None:
     """Finish a save that was cut off after its journal stood; every reader of a folder begins so."""
     folder = Path(folder)
     journal = folder / JOURNAL
-    end = time.monotonic() + 10 * (int(os.environ.get("RANK", 0)) > 0)
+    end = time.monotonic() + 10 * (env_rank() > 0)
     while time.monotonic() < end and journal.is_file():
         time.sleep(0.05)  # of several ranks the first one does it, unless the disk is this machine's own
     if not journal.is_file():
@@ -2041,10 +2041,14 @@ def setup_distributed(device: str = "auto", timeout: float = 600, **more) -> Ran
     """
     if "RANK" not in os.environ:
         return Ranks(device=pick_device(device))
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
     missing = [name for name in names if name not in os.environ]
     check(not missing, f"RANK is set, and {', '.join(missing)} not: start several processes with torchrun.")
-    rank, local, world = (int(os.environ[name]) for name in names[:3])
+    numbers = [os.environ[name] for name in names[:4]]
+    fine = all(re.fullmatch(r"\d{1,9}", n) for n in numbers) and int(numbers[0]) < int(numbers[2])
+    fine = fine and int(numbers[3]) < 2**16
+    check(fine, f"{', '.join(names[:4])} are {', '.join(numbers)}: start several processes with torchrun.")
+    rank, local, world, _ = map(int, numbers)
     if device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(local)  # before the first tensor: else every rank opens a context on GPU 0
         device = f"cuda:{local}"
@@ -2053,6 +2057,11 @@ def setup_distributed(device: str = "auto", timeout: float = 600, **more) -> Ran
         backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), **more)
     return Ranks(rank, world, picked)
+
+def env_rank() -> int:
+    """Read this process's rank as torchrun says it; 0 without torchrun, and where RANK is no number."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0
 
 def rank_and_world() -> tuple[int, int]:
     dist = torch.distributed
@@ -2533,7 +2542,7 @@ def console():
 
 def say(message: str = "", **style) -> None:
     """Print to standard error (standard output is for results), from rank 0 alone."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if env_rank() == 0:
         with contextlib.suppress(OSError):  # a full disk behind it ends no run
             console().print(message, **{"markup": False, "emoji": False} | style)
 
@@ -2543,7 +2552,7 @@ def progress(what: str, total: int, done: int = 0):
     from rich import progress as rich
 
     columns = (what, rich.MofNCompleteColumn(), rich.BarColumn(24), rich.TimeRemainingColumn())
-    terminal = console().is_terminal and int(os.environ.get("RANK", 0)) == 0
+    terminal = console().is_terminal and env_rank() == 0
     started = shown = time.perf_counter()
     with rich.Progress(*columns, "{task.description}", console=console(), disable=not terminal) as bar:
         task = bar.add_task("", total=total, completed=done)
@@ -2569,7 +2578,7 @@ def run_app(app: Callable) -> None:
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         traceback.clear_frames(error.__traceback__)  # ends the generators on its way, and their bars
         words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        if int(os.environ.get("RANK", 0)) > 0:
+        if env_rank() > 0:
             time.sleep(3)  # where all ranks refuse, rank 0 says it and torchrun ends this one meanwhile
         with contextlib.suppress(OSError):
             console().print(f"error: {words}", style="red", markup=False, emoji=False)

@@ -1677,7 +1677,7 @@ def gradients_of_step(forward, model, grid: Grid, micro_batches: list, targets, 
 
 def after_restart(o: Options) -> Options:
     """Go on with the run in --out where torchrun has started all ranks again, because one had died."""
-    if o.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+    if o.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return o
     try:
         held = resumed(Options, o.out)

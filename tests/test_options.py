@@ -85,3 +85,14 @@ def test_scripts_find_model_without_their_folder_on_the_path():
     scripts = [str(ROOT / f"{name}.py") for name in SCRIPTS if name != "sample"]
     done = subprocess.run([sys.executable, "-P", "-c", code, *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("changed", [{"RANK": "x"}, {"RANK": "2"}, {"WORLD_SIZE": "0"}, {"LOCAL_RANK": "-1"},
+                                     {"MASTER_PORT": "http"}, {"MASTER_PORT": "99999"}])  # fmt: skip
+def test_what_torchrun_sets_has_to_make_sense(changed, monkeypatch, capsys):
+    usual = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in (usual | changed).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(model.UserError, match="start several processes with torchrun"):
+        model.setup_distributed("cpu")
+    model.say("words")  # whatever RANK is
