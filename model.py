@@ -734,9 +734,9 @@ def check_scaling(how) -> tuple:
     check(not odd, f"rope_scaling of type {kind} does not know {', '.join(odd)}.")
     for name in how.keys() - {"rope_type", "truncate"}:
         values = how[name] if isinstance(how[name], tuple) else (how[name],)
-        fine = all(is_a(x, float) and x > 0 for x in values) and isinstance(how[name], tuple) == (
+        fine = all(is_a(x, float) and 0 < x < 1e15 for x in values) and isinstance(how[name], tuple) == (
             name in ("short_factor", "long_factor"))
-        check(fine, f"rope_scaling says {name} {how[name]!r:.60}; it has to be positive.")
+        check(fine, f"rope_scaling says {name} {how[name]!r:.60}; it has to be positive, and below 1e15.")
     return tuple(sorted(how.items()))
 
 def alibi_slopes(H: int) -> list[float]:
@@ -977,9 +977,13 @@ def kind_of(declared) -> type:
 
 def fits(value, declared) -> bool:
     """Tell whether a value is what a field was declared as: int, float | None, list[str]."""
-    if isinstance(value, (list, tuple)) and re.search("list|tuple", str(declared)):
-        return all(fits(x, declared) and not isinstance(x, (list, tuple)) for x in value)
-    return "None" in str(declared) if value is None else is_a(value, kind_of(declared))
+    declared = str(declared)
+    if isinstance(value, (list, tuple)) and re.search("list|tuple", declared):
+        one = declared.replace("list", "")
+        return all(fits(x, one) and not isinstance(x, (list, tuple)) for x in value)
+    if "list" in declared:
+        return False
+    return "None" in declared if value is None else is_a(value, kind_of(declared))
 
 def check_field(name: str, value) -> None:
     """Refuse what a field of Config cannot be: of another kind, or a number that makes no sense."""
@@ -988,7 +992,8 @@ def check_field(name: str, value) -> None:
         return  # see check_scaling
     words = {bool: "true or false", str: "a name"}.get(kind_of(field.type), "a positive number")
     check(fits(value, field.type), f"{name} is {value!r}; it has to be {words}.")
-    least = 0 if not field.default and name != "window" else 1e-12  # what is 0 or None by default may be 0
+    may_be_0 = field.default == 0 or name in ("eos_id", "pad_id", "dense_layers", "balance_rate")
+    least = 0 if may_be_0 else 1e-12
     most = 10_000 if name in ("n_layer", "n_head", "n_kv_head", "n_expert") else 2**31
     most = 1e15 if name == "rope_theta" else most
     numbers = [x for x in (value if isinstance(value, (list, tuple)) else [value]) if is_a(x, float)]
@@ -1302,6 +1307,7 @@ def family_named(hf: dict) -> tuple[Family, str]:
     if name is None:  # then the first class of that type
         named = {family.model_type: name for name, family in (FAMILIES | load_moe().FAMILIES).items()}
         name = named.get(str(hf.get("model_type")), "?")
+    name = str(name)
     head = "score" if name.endswith(SCORE) else "lm"
     name = name.replace(SCORE, "ForCausalLM")
     if hf.get("model_type") == "octavo":
@@ -1334,8 +1340,7 @@ def config_from_hf(hf: dict) -> Config:
         del fields["pad_id"]
     n_layer, heads = fields["n_layer"], fields["n_head"]
     for field in ("n_layer", "n_head", "n_embd"):
-        fine = is_a(fields[field], int) and fields[field] > 0
-        check(fine, f"config.json says {keys[field]} {fields[field]!r:.60}; it has to be a positive number.")
+        check_field(field, fields[field])
     fields = {"head": head, "tie": False, "n_kv_head": heads, "head_dim": fields["n_embd"] // heads} | fields
     fields |= rope_from_hf(hf, family, fields)
     if family is OWN:
@@ -1350,6 +1355,7 @@ def config_from_hf(hf: dict) -> Config:
 def rope_from_hf(hf: dict, family: Family, fields: dict) -> dict:
     """Read the rotary positions, which stand in one of three places."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    check(isinstance(rope, dict), f"config.json says of the rotation {rope!r:.60}; it has to be an object.")
     found = {}
     if "rope_local_base_freq" in family.keys.values():
         local = rope.get("sliding_attention") or {}
@@ -1587,10 +1593,12 @@ def find_checkpoint(folder: str | Path, shards: bool = False) -> Path:
     folder = Path(folder)
     finish_save(folder)
     sharded = any(folder.glob("state/shards/*.safetensors"))
-    if (folder / "config.json").is_file() and (weight_files(folder) or (shards and sharded)):
+    there = (folder / "config.json").is_file()
+    if there and (weight_files(folder) or (shards and sharded)):
         return folder
-    check(not sharded, f"{folder} holds the shards of a run: python parallel.py export {folder} joins them.")
-    pickled = [p.name for p in folder.glob("*.bin") if (folder / "config.json").is_file()]
+    check(not (there and sharded),
+          f"{folder} holds the shards of a run: python parallel.py export {folder} joins them.")
+    pickled = [p.name for p in folder.glob("*.bin") if there]
     check(not pickled, f"{folder} holds its weights as {', '.join(pickled[:1])}, which could run any code: "
           "save them as safetensors (transformers does with save_pretrained).")
     raise UserError(f"{folder} holds no checkpoint (config.json, model.safetensors): train one first.")
@@ -1749,18 +1757,23 @@ def load_state(folder: str | Path) -> tuple[dict, dict]:
     state = saved_state(folder)
     return dict(read_tensors(find_checkpoint(folder) / "state" / "optimizer.safetensors")), state
 
-# What every run says of itself.
-STATE = {"at": int, "finished": bool, "command": str, "options": dict, "scale": float, "good": int,
-         "skipped": int}
+# What every run says of itself, and some.
+STATE = {"at": int, "finished": bool, "command": str, "scale": float, "good": int, "skipped": int}
+STATE_OF_SOME = {"taken": list[int], "best": float | None, "waited": int, "noise": list[float],
+                 "kl_coef": float}
 
 def saved_state(folder: str | Path) -> dict:
     """Read what a folder says of its run: the step, the options, the positions in the data."""
     path = find_checkpoint(folder, shards=True) / "state" / "state.json"
     check(path.is_file(), f"{folder} is a finished model without the state of its run: it cannot be resumed.")
     state = read_json(path)
-    wrong = [name for name, kind in STATE.items() if not is_a(state.get(name), kind)]
-    wrong += ["a step that was done"] * (not wrong and state["at"] < 0)
-    wrong += ["taken"] * (not fits(state.get("taken", []), list[int]))
+    kinds = STATE | {name: kind for name, kind in STATE_OF_SOME.items() if name in state}
+    wrong = [name for name, kind in kinds.items() if not fits(state.get(name), kind)]
+    wrong += ["options"] * (not isinstance(state.get("options"), dict))
+    if not wrong:
+        wrong += ["a step that was done"] * (state["at"] < 0)
+        wrong += ["taken"] * (min(state.get("taken", []), default=0) < 0)
+        wrong += ["noise"] * (len(state.get("noise", [0, 0, 0])) != 3)
     check(not wrong, f"{path} does not say {', '.join(wrong)} of its run: it cannot be resumed.")
     return state
 
@@ -1785,7 +1798,9 @@ class Tokens:
             self.n = int(self.meta["splits"][split]["tokens"])
             self.bytes = int(self.meta["splits"][split]["bytes"])
             self.vocab_size = int(self.meta["vocab_size"])
-            self.eot_id = self.meta["eot_id"]
+            self.eot_id = int(self.meta["eot_id"])
+        check(0 <= self.eot_id < self.vocab_size, f"{folder}/meta.json says eot_id {self.eot_id}, beyond its "
+              f"vocabulary of {self.vocab_size}: prepare it anew.")
         check(self.path.is_file(), f"{self.path} is missing: run tokenize.py prepare again.")
         self.file = open(self.path, "rb")
         size = os.fstat(self.file.fileno()).st_size
@@ -2226,6 +2241,7 @@ class RunOptions:
         types = {f.name: f.type for f in dataclasses.fields(self)}
         options = {name: getattr(kind, "__metadata__", [SETTING])[0] for name, kind in types.items()}
         self.fields_set = {}  # the rest of --set: fields of Config
+        check(fits(self.set, list[str]), f"--set is {self.set!r}; it has to be a list of FIELD=VALUE.")
         for item in self.set:
             name, equals, value = item.partition("=")
             free = options.get(name, SETTING) is SETTING
@@ -2386,7 +2402,7 @@ class Run:
         self.o, self.ranks, self.flops = o, ranks, flops
         self.write_checkpoint, self.measure = save, evaluate
         self.at = self.saved_at = saved.get("at", 0)  # steps done
-        self.scale = saved.get("scale", 2.0**14 if o.dtype == "fp16" else 1.0)  # of the loss
+        self.scale = float(saved.get("scale", 2.0**14 if o.dtype == "fp16" else 1.0))  # of the loss
         self.good = saved.get("good", 0)  # updates since one was last skipped
         self.skipped = saved.get("skipped", 0)
         self.bad = 0  # updates skipped one after the other
@@ -2524,9 +2540,11 @@ LOGGED = {"parse_float": lambda text: float(f"{float(text):.9g}"), "parse_consta
 def read_metrics(path: Path) -> list[dict]:
     """Read a run's log; what a kill or a full disk left of a line is passed over."""
     records = []
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
+    if not path.is_file():  # (a pipe of that name would be waited for)
+        return records
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line, **LOGGED)
                 if isinstance(record, dict) and is_a(record.get("step"), int):
                     records.append(record)

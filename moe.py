@@ -236,8 +236,6 @@ def check_experts(c: Config) -> None:
           f"A token cannot go to {c.n_expert_active} experts: {reachable} are open to it.")
     check(c.balance != "bias" or c.router_bias,
           "balance=bias needs a router that has a bias, and this one has none: use balance=loss.")
-    check(c.capacity is None or c.capacity > 0,
-          "capacity has to be above zero; 1.25 leaves a quarter of room over the mean.")
 
 # Field of Config -> its key in config.json.
 MIXTRAL_KEYS = {"n_expert": "num_local_experts", "n_expert_active": "num_experts_per_tok",

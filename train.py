@@ -306,7 +306,9 @@ class Stopper:
         self.state |= {name: saved[name] for name in self.state if name in saved}
         if not o.patience:
             return
-        size = o.eval_tokens if self.state["best"] is None else saved["options"]["eval_tokens"]
+        size = o.eval_tokens
+        if self.state["best"] is not None:
+            size = saved["options"].get("eval_tokens", size)
         check(o.eval_tokens == size, f"--patience compares evaluations alike: leave --eval-tokens at {size}.")
         mark = self.folder / "best.json"
         try:

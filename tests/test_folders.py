@@ -575,6 +575,8 @@ def test_a_pipe_is_not_waited_for(saved, tmp_path):
         os.mkfifo(path)
         with pytest.raises(UserError, match="is missing|holds no checkpoint"):
             Tokens(data, "train") if path.parent == data else load_model(saved)
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    assert octavo.read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 def test_a_model_larger_than_the_memory_is_a_sentence(saved):
@@ -600,6 +602,21 @@ def test_a_state_that_says_nothing_of_its_run_is_a_sentence(key, saved):
         save_checkpoint(saved, make(), saved / "tokenizer.json", state=({}, RUN | {key: value}))
         with pytest.raises(UserError, match=key):
             load_state(saved)
+
+
+@pytest.mark.parametrize("key, value", [("taken", 5), ("taken", [-1]), ("best", "low"), ("waited", [1]),
+                                        ("noise", None), ("noise", [1.0]), ("kl_coef", {})])  # fmt: skip
+def test_what_only_some_runs_say_is_looked_at_too(key, value, saved):
+    save_checkpoint(saved, make(), saved / "tokenizer.json", state=({}, RUN | {key: value}))
+    with pytest.raises(UserError, match=f"does not say {key}"):
+        load_state(saved)
+
+
+def test_shards_without_a_config_are_not_to_be_joined(tmp_path):
+    (tmp_path / "state" / "shards").mkdir(parents=True)
+    (tmp_path / "state" / "shards" / "x.safetensors").touch()
+    with pytest.raises(UserError, match="no checkpoint .config.json"):
+        octavo.find_checkpoint(tmp_path, shards=True)
 
 
 def test_another_rank_finishes_a_save_that_nobody_else_does(tmp_path, vocab, monkeypatch):
@@ -833,6 +850,7 @@ def test_data_that_changed_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("key, value", [("dtype", "float16"), ("dtype", "uint8"), ("vocab_size", None),
+                                        ("eot_id", None), ("eot_id", "x"), ("eot_id", -1), ("eot_id", 64),
                                         ("splits", []), ("splits", {"train": {"tokens": "x", "bytes": 1}})])
 def test_a_meta_of_unexpected_shape_is_a_sentence(key, value, tmp_path):
     folder = write_data(tmp_path / "d", range(20))

@@ -153,7 +153,7 @@ REFUSED = [
     ({"router": "tanh"}, "not by 'tanh'"),
     ({"balance": "luck"}, "not 'luck'"),
     ({"balance": "bias"}, "use balance=loss"),
-    ({"capacity": 0.0}, "above zero"),
+    ({"capacity": 0.0}, "positive"),
 ]
 
 
