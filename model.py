@@ -1755,7 +1755,10 @@ def check_memory(config: Config, device: torch.device, itemsize: float) -> None:
 def load_state(folder: str | Path) -> tuple[dict, dict]:
     """Load what a run needs to go on exactly: (optimizer tensors by name, JSON object)."""
     state = saved_state(folder)
-    return dict(read_tensors(find_checkpoint(folder) / "state" / "optimizer.safetensors")), state
+    path = find_checkpoint(folder) / "state" / "optimizer.safetensors"
+    tensors = dict(read_tensors(path))
+    check(tensors or not state["good"], f"{path} is empty: start anew, or copy back what belongs there.")
+    return tensors, state
 
 # What every run says of itself, and some.
 STATE = {"at": int, "finished": bool, "command": str, "scale": float, "good": int, "skipped": int}
@@ -2119,13 +2122,16 @@ class Optimizer:
     def load_state_dict(self, tensors: dict) -> None:
         """Take the state that `state_dict` gave; before the first step there is none."""
         for part in self.parts:
-            found = set()  # the names of state that a parameter has: they have to be the same for all
+            muon = isinstance(part, torch.optim.Muon)
+            names = ["momentum_buffer"] if muon else ["exp_avg", "exp_avg_sq", "step"]
+            found = set()  # the names of state that a parameter has: all of them, or none of any parameter
             for p in (p for group in part.param_groups for p in group["params"]):
                 name = self.names[p] + "/"
                 own = {key.removeprefix(name): v for key, v in tensors.items() if key.startswith(name)}
                 found.add(tuple(sorted(own)))
-                fits = all(v.is_floating_point() and v.shape in ((), p.shape) for v in own.values())
-                check(fits and len(found) == 1, f"The optimizer's state of {name} does not fit: start anew.")
+                fits = all(v.dtype == p.dtype and v.shape == (() if key == "step" else p.shape)
+                           for key, v in own.items())
+                check(fits and found in ({()}, {tuple(names)}), f"The optimizer's state of {name} does not fit: start anew.")
                 part.state[p] = {key: v.to(p.device) for key, v in own.items()}
 
 def build_optimizer(model, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), stand_ins=None):

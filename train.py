@@ -400,7 +400,7 @@ def report(o: Options, run: Run, model: Transformer, batches: Batches) -> None:
         words = [f"{t.folder.name} {share:.1%}" for t, share in zip(batches.sources, shares, strict=True)]
         facts["share of each source"] = ", ".join(words)
     for name, form in (("tok_per_s", ",.0f"), ("mfu", ".1%")):
-        values = [record[name] for record in run.records if name in record]
+        values = [record[name] for record in run.records if is_a(record.get(name), float)]
         if values:
             facts[f"{name}, median"] = format(np.median(values), form)
     facts["steps skipped"] = str(run.skipped)

@@ -23,6 +23,7 @@ import train
 import typer
 from conftest import call, command, records, refusal, wait_for
 from model import IGNORE, Batches, Tokens, UserError, load_model, load_state, resumed, saved_state
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 TINY = {"preset": "nano", "n_layer": 2, "n_embd": 32, "seq_len": 32, "set": ["n_head=2"], "max_steps": 6,
@@ -1000,6 +1001,22 @@ def test_resume_on_the_command_line(data, tmp_path):
     assert weights(run) == before
     call(COMMAND, "--resume", run, "--max-steps", 5, *(word for item in sets for word in ("--set", item)))
     assert saved_state(run)["at"] == 5  # the same settings typed again
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda name, x: None, "is empty"),
+    (lambda name, x: None if name.endswith("step") else x, "does not fit"),
+    (lambda name, x: None if name.endswith("exp_avg_sq") else x, "does not fit"),
+    (lambda name, x: x.half(), "does not fit"),
+    (lambda name, x: x.reshape(-1, 1), "does not fit"),
+], ids=str)  # fmt: skip
+def test_an_optimizers_state_that_is_not_whole_is_refused(change, words, data, tmp_path):
+    run = tmp_path / "run"
+    train.train(options(data, run, n_layer=1, max_steps=1, eval_tokens=64))
+    path = run / "state" / "optimizer.safetensors"
+    tensors = {name: change(name, x) for name, x in load_state(run)[0].items()}
+    save_file({name: x for name, x in tensors.items() if x is not None}, path)
+    assert words in refusal(COMMAND, "--resume", run, "--max-steps", 3)
 
 
 def test_a_run_goes_on_with_its_own_command(data, tmp_path):
