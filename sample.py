@@ -37,6 +37,7 @@ import socket
 import sys
 import threading
 import time
+import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -633,17 +634,23 @@ class RowCache(Cache):
         self.whole = [[torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
                       for shape in shapes]
 
-    def part(self, first: int, end: int, span: int, ragged: bool = True) -> "RowCache":
-        """View rows first to end and their first `span` slots. ragged: do the rows' positions differ?"""
+    def part(self, rows: slice | list[int], span: int, ragged: bool = True) -> "RowCache":
+        """View these rows (of a list: copy them) and their first `span` slots. ragged: do positions differ?"""
         part = copy.copy(self)
-        part.k, part.v = ([x[first:end, :, :span] for x in layers] for layers in self.whole)
-        part.positions = torch.arange(span, device=part.k[0].device).expand(end - first, span)
+        part.k, part.v = ([x[rows, :, :span] for x in layers] for layers in self.whole)
+        part.positions = torch.arange(span, device=part.k[0].device).expand(len(part.k[0]), span)
         part.ragged = ragged
         part.n = span
         if ragged:
             for x, dim in [(part.positions, 1), *((x, 2) for x in (*part.k, *part.v))]:
                 torch._dynamo.maybe_mark_dynamic(x, dim)
         return part
+
+    def put(self, rows: list[int], part: "RowCache") -> None:
+        """Write back a part that is a copy."""
+        for whole, own in zip(self.whole, (part.k, part.v), strict=True):
+            for layer, x in zip(whole, own, strict=True):
+                layer[rows, :, : part.span] = x
 
     def claim(self, positions) -> None:
         """Note where the keys and values of this pass go: positions (T,) or (B, T)."""
@@ -669,13 +676,26 @@ class Step:
     def __init__(self, model, compiled: bool):
         self.model = model
         self.compiled = compiled
-        self.run = torch.compile(self.forward) if compiled else self.forward
+        self.run = self.compile() if compiled else self.forward
         self.is_cuda = next(model.parameters()).is_cuda
         self.graphs = {}
 
     def forward(self, ids, positions, cache):
         logits, _ = self.model(ids, positions=positions, cache=cache)
         return logits.float()
+
+    def compile(self):
+        """Compile forward for this model alone.
+
+        A model in use does not change: checking all of its modules again at each call takes a third of the
+        step of a small one. Left out, one model's code would serve another one: so the code is a copy, and
+        whole (experts are not: what is compiled of a part is found by the part's code).
+        """
+        if self.model.config.n_expert:
+            return torch.compile(self.forward)
+        own = types.FunctionType(Step.forward.__code__.replace(), globals())
+        unchecked = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        return torch.compile(types.MethodType(own, self), fullgraph=True, options=unchecked)
 
     @torch.inference_mode()
     def __call__(self, ids, positions, cache):
@@ -828,21 +848,39 @@ class Engine:
         for row, request in enumerate(self.running):
             if request and border is not None and request.read <= border < request.read + request.unread:
                 request.read = 0  # beyond the border LongRoPE turns all keys otherwise: at once, the last too
-                self.read(row, request, request.unread)
+                self.read({row: request.unread})
                 request.read -= 1
-            while request and request.unread > 1 and budget > 0:
-                count = min(request.unread - 1, budget)
-                self.read(row, request, count)
-                budget -= count
+        while budget > 0:
+            counts = {row: min(request.unread - 1, budget) for row, request in enumerate(self.running)
+                      if request and request.unread > 1}
+            if not counts:
+                return
+            longest = max(counts.values())  # those that are half as long, or longer, are read beside it
+            together = [row for row, count in counts.items() if 2 * count >= longest]
+            self.read({row: counts[row] for row in together[: budget // longest]})
+            budget -= longest * len(together[: budget // longest])
 
-    def read(self, row: int, request: Request, count: int) -> None:
-        """Read the next tokens of a text into its row."""
-        end = request.read + count
-        ids = torch.tensor([request.text(end)], device=self.device)
-        positions = torch.arange(request.read, end, device=self.device)
-        part = self.cache.part(row, row + 1, end, ragged=False)
-        self.model(ids, positions=positions, cache=part, output="hidden")
-        request.read = end
+    def read(self, counts: dict[int, int]) -> None:
+        """Read the next tokens of some rows' texts, so many of each, in one pass."""
+        rows = list(counts)
+        longest = max(counts.values())
+        texts, starts, ends = [], [], []
+        for row, count in counts.items():
+            request = self.running[row]
+            starts.append([request.read])
+            ends.append([request.read + count])
+            texts.append(request.text(request.read + count) + [0] * (longest - count))
+            request.read += count
+        # what fills up a shorter text goes where its next token will be, and that is written over it
+        positions = (torch.tensor(starts) + torch.arange(longest)).minimum(torch.tensor(ends)).to(self.device)
+        ragged = any(start != starts[0] for start in starts) or any(end != ends[0] for end in ends)
+        span = max(ends)[0] + ragged
+        consecutive = rows[-1] - rows[0] == len(rows) - 1
+        part = self.cache.part(slice(rows[0], rows[-1] + 1) if consecutive else rows, span, ragged)
+        self.model(torch.tensor(texts, device=self.device), positions=positions if ragged else positions[0],
+                   cache=part, output="hidden")
+        if not consecutive:
+            self.cache.put(rows, part)
 
     def write(self) -> list[Request]:
         """Write a token of each text whose prompt is read."""
@@ -861,7 +899,7 @@ class Engine:
             at.append(request.read if request else len(self.held[row]))
             last.append(request.text(request.read + 1)[0] if request in requests else 0)
         if self.part[0] != (first, end, span):
-            self.part = ((first, end, span), self.cache.part(first, end, span))
+            self.part = ((first, end, span), self.cache.part(slice(first, end), span))
         ids = torch.tensor(last, device=self.device)[:, None]
         positions = torch.tensor(at, device=self.device)[:, None]
         logits = self.step_rows(ids, positions, self.part[1])[:, 0]  # (B, V)
@@ -970,8 +1008,8 @@ class Reader:
         positions = torch.arange(end - ids.shape[1], end, device=ids.device)
         if ids.shape[1] in (1, self.width):
             span = self.step.span(end, self.cache.slots)
-            return self.step(ids, positions[None], self.cache.part(0, 1, span))
-        part = self.cache.part(0, 1, end, ragged=False)
+            return self.step(ids, positions[None], self.cache.part(slice(1), span))
+        part = self.cache.part(slice(1), end, ragged=False)
         return self.model(ids, positions=positions, cache=part, output=output)[0]
 
     @torch.inference_mode()
