@@ -114,8 +114,6 @@ RANK_FILES = {
                                "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260}),
     "qwen": ("qwen", {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}),
 }
-# No tokenizer file may ask for these.
-UNSUPPORTED = ("truncation", "padding", "dropout", "end_of_word_suffix")
 # Our own tokenizer files begin as this.
 SKELETON = """{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
 "pre_tokenizer": null, "post_processor": null, "decoder": {"type": "Fuse"}, "model": {}}"""
@@ -645,15 +643,12 @@ def pattern_of(step: dict) -> str:
     return step["pattern"]["Regex"] if "Regex" in step["pattern"] else regex.escape(step["pattern"]["String"])
 
 def replace(step: dict):
-    """Replace what a string or a pattern of the file finds."""
-    pattern = regex.compile(pattern_of(step))
     content = step["content"]
-    return lambda text: pattern.sub(lambda match: content, text)
+    return partial(regex.compile(pattern_of(step)).sub, lambda match: content)
 
 def strip(step: dict):
-    left = regex.compile(r"^\s+" if step["strip_left"] else NEVER)
-    right = regex.compile(r"\s+$" if step["strip_right"] else NEVER)
-    return lambda text: left.sub("", right.sub("", text))
+    ends = [r"^\s+"] * step["strip_left"] + [r"\s+$"] * step["strip_right"]
+    return partial(regex.compile("|".join(ends) or NEVER).sub, "")
 
 def precompiled(step: dict):
     """Map characters as SentencePiece's table says: a trie of bytes in a double array (darts-clone), whose
@@ -683,11 +678,10 @@ def precompiled(step: dict):
     def normalize(text: str) -> str:
         out = []
         for cluster in regex.findall(r"\X", text):
-            whole = transform(cluster) if len(cluster.encode()) < 6 else None
-            for c in cluster if whole is None else ():
-                found = transform(c)
-                out.append(c if found is None else found)
-            out.append(whole or "")
+            whole = len(cluster.encode()) < 6 and transform(cluster) is not None
+            for part in [cluster] if whole else cluster:
+                found = transform(part)
+                out.append(part if found is None else found)
         return "".join(out)
 
     return normalize
@@ -703,34 +697,39 @@ NORMALIZERS = {
     "BertNormalizer": bert_normalizer,
 }
 
+def cut_out(text: str, matches, label) -> list[tuple]:
+    """Cut a text into what was found, with its label, and what lies between, with None; nothing is empty."""
+    parts = []
+    end = 0
+    for match in matches:
+        parts += [(text[end : match.start()], None), (match.group(), label(match))]
+        end = match.end()
+    return [part for part in (*parts, (text[end:], None)) if part[0]]
+
+# Does a part join the one before? Each of the two was found by the pattern, or lies between.
+BEHAVIORS = {
+    "Isolated": lambda before, found: False,
+    "Removed": lambda before, found: False,
+    "MergedWithPrevious": lambda before, found: found and not before,
+    "MergedWithNext": lambda before, found: before and not found,
+    "Contiguous": lambda before, found: before == found,
+}
+
 def split_at(pattern: str, behavior: str = "Isolated", invert: bool = False):
     """Cut texts at each place where a pattern is found; behavior: what becomes of what it found."""
     find = regex.compile(pattern, regex.MULTILINE).finditer
+    joins = BEHAVIORS[behavior]
 
     def cut(text: str) -> list[str]:
-        parts = []  # (text, is it to be cut off?)
-        end = 0
-        for match in find(text):
-            if match.end() > match.start():
-                parts += [(text[end : match.start()], invert), (match.group(), not invert)]
-                end = match.end()
-        parts = [part for part in (*parts, (text[end:], invert)) if part[0]]
-        if behavior == "Removed":
-            return [part for part, found in parts if not found]
         pieces = []
-        joins = False  # to the piece before?
-        for i, (part, found) in enumerate(parts):
-            before = i > 0 and parts[i - 1][1]
-            if behavior == "MergedWithPrevious":
-                joins = found and i > 0 and not before
-            elif behavior == "MergedWithNext":
-                joins = not found and before
-            elif behavior == "Contiguous":
-                joins = i > 0 and found == before
-            if joins:
+        before = None
+        for part, found in cut_out(text, filter(regex.Match.group, find(text)), lambda match: True):
+            found = bool(found) != invert
+            if before is not None and joins(before, found):
                 pieces[-1] += part
-            else:
+            elif behavior != "Removed" or not found:
                 pieces.append(part)
+            before = found
         return pieces
 
     return cut
@@ -877,10 +876,10 @@ def read_ids(spec: dict) -> dict:
     """Read {token: id}; refuse, by name, what a tokenizer.json may not ask for, and ids that cannot be."""
     model = spec["model"]
     added = spec.get("added_tokens", [])
-    prefixed = () if model.get("type") == "WordPiece" else ("continuing_subword_prefix",)
-    for part in (spec, model):
-        for option in (*UNSUPPORTED, *prefixed):
-            check(not part.get(option), f"the option {option} is not supported yet")
+    refused = ["truncation", "padding", "dropout", "end_of_word_suffix"]
+    refused += ["continuing_subword_prefix"] * (model.get("type") != "WordPiece")
+    for option in refused:
+        check(not (spec.get(option) or model.get(option)), f"the option {option} is not supported yet")
     ids = vocabulary(model)
     free = len(ids)
     for token in added:  # `tokenizers` gives it its id in the vocabulary, or the next that is free
@@ -895,14 +894,16 @@ def read_ids(spec: dict) -> dict:
 
 def steps_of(spec: dict, part: str, known) -> list:
     """List the steps of a part of the file: none, one, or a Sequence's; refuse by name those not known."""
-    found = spec.get(part) or {"type": "Sequence"}
-    steps = [found]
-    while any(step["type"] == "Sequence" for step in steps):  # they may be nested
-        inner = [[s for v in step.values() if isinstance(v, list) for s in v] if step["type"] == "Sequence"
-                 else [step] for step in steps]
-        steps = sum(inner, [])
-    for step in steps:
-        check(step["type"] in known, f"the {part} {step} is not supported yet")
+    steps = []
+    waiting = [spec.get(part) or {"type": "Sequence"}]
+    while waiting:
+        step = waiting.pop()
+        if step["type"] == "Sequence":  # a list of steps, under a name of its own in each part of the file
+            inner = chain.from_iterable(value for value in step.values() if isinstance(value, list))
+            waiting += reversed(list(inner))
+        else:
+            check(step["type"] in known, f"the {part} {step} is not supported yet")
+            steps.append(step)
     return steps
 
 # ---- Words to ids, for each kind of model ------------------------------------------------------------------
@@ -915,22 +916,25 @@ def bytes_codec(spec: dict, pattern: str | None):
     names = read_merges(spec, list(CHAR.values()))
     ids = np.array([vocab[name] for name in names], dtype=np.uint32)
     ranks = {bytes(map(BYTE.get, name)): rank for rank, name in enumerate(names)}
-    encoding = make_encoding(ranks, pattern or r"[\s\S]+")
+    merge_text = tiktoken_merges(ranks, pattern or r"[\s\S]+")
     tokens = {}
     for name, i in vocab.items():  # a token that is not spelled in bytes stands for itself
         tokens[i] = bytes(map(BYTE.get, name)) if set(name) <= BYTE.keys() else name.encode()
-    return tokens, lambda text: ids[merge_text(encoding, text)]
+    return tokens, lambda text: ids[merge_text(text)]
 
-def make_encoding(ranks: dict, pattern: str):
+def tiktoken_merges(ranks: dict, pattern: str):
+    """Make a function that gives the ranks of a text's tokens, as tiktoken merges them."""
     # one special token, which no text is allowed: without any, tiktoken looks for the empty string everywhere
     special = {"<|special|>": len(ranks)}
-    return tiktoken.Encoding("octavo", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    encoding = tiktoken.Encoding("octavo", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
-def merge_text(encoding, text: str) -> np.ndarray:
-    try:
-        return encoding.encode_to_numpy(text, disallowed_special=())
-    except ValueError:  # the pattern's backtracking is limited
-        raise UserError("a million spaces in a row are too many for tiktoken: cut the text") from None
+    def merge_text(text: str) -> np.ndarray:
+        try:
+            return encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # the pattern's backtracking is limited
+            raise UserError("a million spaces in a row are too many for tiktoken: cut the text") from None
+
+    return merge_text
 
 def chars_codec(spec: dict):
     """Read BPE on characters; tiktoken merges here too: first the bytes of each character, then as listed.
@@ -948,23 +952,14 @@ def chars_codec(spec: dict):
     for name in names[len(chars) :]:
         ranks.setdefault(name.encode(), len(ranks))
     parts = list(ranks)
-    spelled = {name.encode(): vocab[name] for name in names}
-    ids = np.array([spelled.get(part, -1) for part in parts])
-    encoding = make_encoding(ranks, cut_pattern(names))
+    known = {name.encode(): vocab[name] for name in names}
+    ids = np.array([known.get(part, -1) for part in parts])
+    merge_text = tiktoken_merges(ranks, cut_pattern(names))
 
-    def encode(text: str) -> np.ndarray:
-        found = merge_text(encoding, text)
-        known = ids[found]
-        if (known >= 0).all():
-            return known
-        groups = groupby(zip(known.tolist(), found.tolist(), strict=True), lambda pair: pair[0] >= 0)
-        out = []
-        for there, pairs in groups:
-            if there:
-                out += [i for i, _ in pairs]
-            else:
-                out += unknown_ids(model, vocab, b"".join(parts[rank] for _, rank in pairs).decode())
-        return np.array(out)
+    def encode(text: str):
+        found = merge_text(text)
+        out = ids[found]
+        return out if (out >= 0).all() else number_parts([parts[rank] for rank in found], known, vocab, model)
 
     return tokens_of(model), encode
 
@@ -977,8 +972,15 @@ def tokens_of(model: dict) -> dict:
         tokens[i] = bytes.fromhex(match[1]) if match else name.encode()
     return tokens
 
-def unknown_ids(model: dict, vocab: dict, text: str) -> list[int]:
-    """Spell characters that have no id: by their bytes, or by the unknown token."""
+def number_parts(parts: list[bytes], known: dict, vocab: dict, model: dict) -> list[int]:
+    """Give parts of a text their ids; characters without one those of their bytes, or the unknown token's."""
+    out = []
+    for there, group in groupby(parts, known.__contains__):
+        found = list(group)
+        out += map(known.get, found) if there else unknown_ids(b"".join(found).decode(), vocab, model)
+    return out
+
+def unknown_ids(text: str, vocab: dict, model: dict) -> list[int]:
     out = []
     for c in text:
         ids = [vocab.get(f"<0x{b:02X}>") for b in c.encode()] if model.get("byte_fallback") else [None]
@@ -1032,7 +1034,7 @@ class Unigram:
 
     def __init__(self, spec: dict):
         model = spec["model"]
-        self.ids = vocabulary(model)
+        self.vocab = vocabulary(model)
         unknown = model.get("unk_id")
         special = {token["content"] for token in spec.get("added_tokens", [])}  # never out of ordinary text
         logp = {name: score for i, (name, score) in enumerate(model["vocab"]) if i != unknown}
@@ -1040,25 +1042,22 @@ class Unigram:
         self.costs = (logp, max(map(len, logp)), min(logp.values()) - 10)  # the last: of an unknown character
         name = None if unknown is None else model["vocab"][unknown][0]
         self.fallback = model | {"fuse_unk": True, "unk_token": name}
+        self.known = {name.encode(): self.vocab[name] for name in logp}
         exact = all(score % LOGP_STEP == 0 for score in logp.values())
         texts = {name: p for name, p in logp.items() if not re.fullmatch("<0x..>", name)}
         self.text_costs = (texts, *self.costs[1:])  # no way but the likeliest may take a byte's name for it
         self.find = regex.compile(cut_pattern(list(texts)) if exact else r"[\s\S]+").findall
-        self.cut_word = functools.lru_cache(2**18)(lambda word: viterbi(word, *self.costs))
+        self.cut_word = functools.lru_cache(2**18)(self.cut_word)
+
+    def cut_word(self, word: str) -> list[bytes]:
+        return [piece.encode() for piece in viterbi(word, *self.costs)]
 
     def __call__(self, text: str) -> list[int]:
-        return self.number([piece for word in self.find(text) for piece in self.cut_word(word)])
+        parts = chain.from_iterable(map(self.cut_word, self.find(text)))
+        return number_parts(parts, self.known, self.vocab, self.fallback)
 
     def number(self, pieces: list[str]) -> list[int]:
-        """Give pieces their ids, and characters without one those of their bytes, or of the unknown token."""
-        out = []
-        for known, group in groupby(pieces, self.costs[0].__contains__):
-            parts = list(group)
-            out += map(self.ids.get, parts) if known else unknown_ids(self.fallback, self.ids, "".join(parts))
-        return out
-
-def unigram_codec(spec: dict):
-    return tokens_of(spec["model"]), Unigram(spec)
+        return number_parts(map(str.encode, pieces), self.known, self.vocab, self.fallback)
 
 def read_merges(spec: dict, alphabet: list[str]) -> list[str]:
     """List the alphabet and what the merges make of it, in the order of their ranks.
@@ -1146,12 +1145,7 @@ def find_tokens(added: list[dict], text: str) -> list[tuple]:
         form = rf"(?<!\w){form}(?!\w)" if token.get("single_word") else form
         form = rf"\s*{form}" if token.get("lstrip") else form
         forms.append(f"({form})" + r"\s*" * bool(token.get("rstrip")))
-    pieces = []
-    end = 0
-    for match in re.finditer("|".join(forms), text):
-        pieces += [(text[end : match.start()], None), (match.group(), order[match.lastindex - 1]["id"])]
-        end = match.end()
-    return [piece for piece in (*pieces, (text[end:], None)) if piece[0]]
+    return cut_out(text, re.finditer("|".join(forms), text), lambda match: order[match.lastindex - 1]["id"])
 
 POST_PROCESSORS = ("TemplateProcessing", "ByteLevel", "BertProcessing", "RobertaProcessing")
 
@@ -1197,6 +1191,7 @@ def read_decoder(spec: dict) -> tuple[str | None, bool]:
 
 # ---- Conversations -----------------------------------------------------------------------------------------
 
+MARK = "\ue000(\\d+)\ue001"  # stands in the place of a message's content
 INST = (  # Llama 2 and Mistral: the system's words are part of the first user's
     "{% set said = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}"
     "{% set said.system = SYSTEM %}{% elif m['role'] == 'assistant' %}{{ ANSWER }}"
@@ -1463,6 +1458,10 @@ class Tokenizer:
                     asked[i] = fill(messages=marks[:i], add_generation_prompt=True)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise UserError(f"The chat template does not take this conversation: {error}.") from None
+
+        def fill_marks(contents: list[str]) -> str:
+            return re.sub(MARK, lambda mark: contents[int(mark[1])], text)
+
         contents = [m["content"] for m in messages]
         forms = [contents, [content.strip() for content in contents]]  # some templates trim
         if reply:  # some leave out what the assistant thought before its earlier answers
@@ -1470,7 +1469,7 @@ class Tokenizer:
                        for m in messages]
             forms += [answers, [answer.lstrip("\n") for answer in answers]]
             asked = {i: head for i, head in asked.items() if text.startswith(head)}  # others end in <think>
-        contents = next((form for form in forms if fill_marks(text, form) == whole), None)
+        contents = next((form for form in forms if fill_marks(form) == whole), None)
         fits = [int(i) for i in re.findall(MARK, text)] == list(range(len(messages)))
         fits = fits and contents is not None and all(map(text.startswith, asked.values()))
         check(fits, "The chat template changes or leaves out messages, which is not supported.")
@@ -1479,32 +1478,21 @@ class Tokenizer:
     def take_apart(self, text: str, contents: list[str], asked: dict) -> list[tuple]:
         """Cut a text with marks at special tokens, and where the assistant begins and ends."""
         special = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or NEVER
+        bounds = [0]  # every second part is the assistant's: its content, and a special token right after it
+        for i, before in asked.items():
+            content = re.compile(rf"\ue000{i}\ue001(?:\s*(?:{special}))?").search(text)
+            bounds += [max(bounds[-1], len(before)), content.end()]
         runs = []
-        end = 0
-        answered = False  # does the assistant's content stand before?
-        for i in range(len(contents) + 1):
-            start = text.index(f"\ue000{i}\ue001") if i < len(contents) else len(text)
-            head = text[end:start]
-            stop = re.match(rf"\s*(?:{special})", head) if answered else None
-            stop = stop.end() if stop else 0
-            begin = len(asked[i]) - end if i in asked else len(head)
-            for part, written in ((head[:stop], True), (head[stop:begin], False), (head[begin:], True)):
-                runs += [(self.special.get(p, p), written) for p in re.split(f"({special})", part) if p]
-            answered = i in asked
-            if i < len(contents):
-                runs.append((contents[i], answered))
-                end = start + len(f"\ue000{i}\ue001")
+        for k, (start, end) in enumerate(pairwise([*bounds, len(text)])):
+            for part in filter(None, re.split(f"({special}|\ue000\\d+\ue001)", text[start:end])):
+                mark = re.fullmatch(MARK, part)
+                run = contents[int(mark[1])] if mark else self.special.get(part, part)
+                runs.append((run, k % 2 == 1))
         joined = []
         for (text, written), group in groupby(runs, lambda run: (isinstance(run[0], str), run[1])):
             found = [run for run, _ in group]
             joined += [("".join(found), written)] if text else [(i, written) for i in found]
         return joined
-
-MARK = "\ue000(\\d+)\ue001"
-
-def fill_marks(text: str, contents: list[str]) -> str:
-    """Put each message's content in the place of its mark."""
-    return re.sub(MARK, lambda match: contents[int(match[1])], text)
 
 # ---- Learning a tokenizer ----------------------------------------------------------------------------------
 
@@ -1664,7 +1652,11 @@ def learn_sentencepiece(texts, special, vocab_size, normalizer, coverage, unigra
     spec = sentencepiece_file(model, special, nfkc)
     return spec, count_tokens(spec, words)
 
-CODECS = {"BPE": chars_codec, "WordPiece": wordpiece_codec, "Unigram": unigram_codec}
+CODECS = {
+    "BPE": chars_codec,
+    "WordPiece": wordpiece_codec,
+    "Unigram": lambda spec: (tokens_of(spec["model"]), Unigram(spec)),
+}
 
 # ---- Documents: found, read, filtered, split ---------------------------------------------------------------
 
