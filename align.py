@@ -48,10 +48,10 @@ from typing import Annotated, ClassVar, NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves this folder out
 from model import (  # before torch: it says how OpenMP's threads wait
     DTYPES, Linear, Ranks, Run, RunOptions, Tokens, Transformer, UserError, barrier, build_optimizer, cast,
-    check, clip_gradients, command, default_data, find_checkpoint, finish_save, generate, load_config,
-    load_model, load_state, load_tokenizer, open_run, opt, pick_device, pick_dtype, progress, rank_and_world,
-    render, run_app, save_checkpoint, save_files, say, seed_of, setup_distributed, sum_over_ranks,
-    token_losses,
+    check, check_out, clip_gradients, command, default_data, find_checkpoint, finish_save, generate,
+    load_config, load_model, load_state, load_tokenizer, open_run, opt, pick_device, pick_dtype, progress,
+    rank_and_world, render, run_app, save_checkpoint, save_files, say, seed_of, setup_distributed,
+    sum_over_ranks, token_losses,
 )
 from model import evaluate as evaluate_text
 
@@ -1416,6 +1416,7 @@ class Play(Learner):
         self.reference = load_model(o.model, device)
         self.reference.compute_dtype = self.model.compute_dtype
         self.actor = cast(Transformer(self.model.config), device, self.model.compute_dtype)
+        check_out(Path(o.out), True, *(spec.rpartition(":")[0] or spec for spec in o.reward))
         self.reward = Reward(o.reward, o.unended, device)
         self.keep(model=fingerprint(self.reference), reward=self.reward.fingerprint)
 

@@ -2131,7 +2131,8 @@ class Optimizer:
                 found.add(tuple(sorted(own)))
                 fits = all(v.dtype == p.dtype and v.shape == (() if key == "step" else p.shape)
                            for key, v in own.items())
-                check(fits and found in ({()}, {tuple(names)}), f"The optimizer's state of {name} does not fit: start anew.")
+                check(fits and found in ({()}, {tuple(names)}),
+                      f"The optimizer's state of {name} does not fit: start anew.")
                 part.state[p] = {key: v.to(p.device) for key, v in own.items()}
 
 def build_optimizer(model, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), stand_ins=None):
@@ -2309,7 +2310,7 @@ def resumed(kind: type, folder: str | Path, **changes):
 def open_run(o: RunOptions) -> dict:
     """Check --out, or what --resume may not change -> the state of the run to go on with, or {}."""
     if not o.resume:
-        check_out(Path(o.out), o.overwrite)
+        check_out(Path(o.out), o.overwrite, getattr(o, "init", None), getattr(o, "model", None))
         return {}
     state = saved_state(o.resume)
     same = Path(o.out).resolve() == Path(o.resume).resolve()
@@ -2321,9 +2322,12 @@ def open_run(o: RunOptions) -> dict:
     check(left, f"{o.resume} is finished: nothing to resume (a larger --max-steps trains it further).")
     return state
 
-def check_out(out: Path, overwrite: bool) -> None:
-    """Refuse to lose what exists: a run's folder needs --overwrite, anything else is never written into."""
+def check_out(out: Path, overwrite: bool, *read: str | Path | None) -> None:
+    """Refuse to lose what exists: a run's folder needs --overwrite, anything else is never written into, nor
+    is a folder that is read."""
     finish_save(out)
+    check(out.resolve() not in [Path(folder).resolve() for folder in read if folder],
+          f"{out} is what it begins with, and would be replaced: choose another folder to write.")
     if (out / "config.json").exists():
         check(overwrite, f"{out} holds a run already: --resume {out} goes on, --overwrite begins again.")
     else:
@@ -2374,6 +2378,8 @@ def derive(o: TrainOptions, config: Config, world: int, device: torch.device) ->
     whole = o.tokens_per_step % (config.seq_len * world) == 0
     check(windows and whole, f"--tokens-per-step {o.tokens_per_step} does not divide into "
           f"sequences of {config.seq_len} on {world} process{'es' * (world > 1)}: {near} does.")
+    check(windows <= 2**20, f"--tokens-per-step {o.tokens_per_step} is {windows} sequences of "
+          f"{config.seq_len}: a million make a step at most.")
     if o.micro_batch is None:  # 8k tokens keep a CPU busy; a GPU takes what its memory allows
         o.micro_batch = max(1, (8192 if device.type == "cpu" else 32768) // config.seq_len)
     if o.compile == "auto":  # it starts in some 40 s and wins 10 % of a step on CPU, a third on CUDA

@@ -514,7 +514,7 @@ def upcycle(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
 ) -> dict:
     """Make a mixture that computes what a dense checkpoint does; train it on with `train.py --init OUT`."""
-    check_out(out, overwrite)
+    check_out(out, overwrite, dense)
     source = load_model(dense)
     check(not source.config.n_expert, f"{dense} has experts already.")
     model = upcycled(source, n_expert, n_expert_active)

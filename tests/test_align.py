@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -656,6 +657,16 @@ def test_state_that_is_gone_is_missed(name, more, lost, base, lines, tmp_path):
         save_file({n: w for n, w in tensors.items() if n != lost} | ({} if value is None else {lost: value}), path)
         with pytest.raises(UserError, match="lacks"):
             align.run_stage(resumed(KINDS[name], tmp_path / "o", max_steps=4))
+
+
+def test_a_stage_does_not_replace_what_it_begins_with(base, stages, lines, tmp_path):
+    with pytest.raises(UserError, match="what it begins with"):
+        stage("dpo", base, lines / "pairs.jsonl", base, overwrite=True)
+    reward = shutil.copytree(stages / "reward", tmp_path / "reward")
+    play = {"reward": [f"{reward}:0.5"], "overwrite": True, "device": "cpu", "max_steps": 1}
+    with pytest.raises(UserError, match="what it begins with"):
+        o = align.GRPOStage(model=str(base), data=[str(lines / "prompts.jsonl")], out=str(reward), **play)
+        align.run_stage(o)
 
 
 RANKS = """

@@ -553,6 +553,7 @@ def test_upcycle_and_train_on(dense, modules, tmp_path):
         run(modules, tmp_path / "no", ["balance=bias"], **sizes)
     assert "has experts already" in refusal(moe.upcycle, mixed, tmp_path / "no")
     assert "--overwrite" in refusal(moe.upcycle, dense, mixed)
+    assert "what it begins with" in refusal(moe.upcycle, dense, dense, "--overwrite")
 
 
 def test_study_shows_and_writes_what_it_measures(trained, dense, modules, tmp_path, capsys):

@@ -206,7 +206,8 @@ def gradient(data, out, monkeypatch, **changes) -> list[torch.Tensor]:
     return found
 
 
-CASES = {"clm": {}, "mlm": {"objective": "mlm"}, "doc_mask": {"doc_mask": True}}
+CASES = {"clm": {}, "mlm": {"objective": "mlm"}, "doc_mask": {"doc_mask": True},
+         "experts": {"set": ["n_head=2", "n_expert=4", "balance_weight=1", "z_loss=1"]}}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -269,6 +270,16 @@ def test_recomputation_changes_no_gradient(data, tmp_path, monkeypatch):
     whole = gradient(data, tmp_path / "run", monkeypatch, **dropout)
     again = gradient(data, tmp_path / "run", monkeypatch, recompute=True, **dropout)
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+
+
+def test_dropout_draws_new_masks_each_step(data, tmp_path, monkeypatch):
+    """The same batch at a rate that moves nothing: only the masks tell the steps apart."""
+    first = Batches.at
+    monkeypatch.setattr(Batches, "at", lambda batches, step: first(batches, 0))
+    for dropout, different in ((0.2, 6), (0.0, 1)):
+        changes = {"dtype": "fp32", "lr": 1e-12, "weight_decay": 0.0, "overwrite": True}
+        train.train(options(data, tmp_path / "run", set=["n_head=2", f"dropout={dropout}"], **changes))
+        assert len({r["loss"] for r in records(tmp_path / "run") if "loss" in r}) == different
 
 
 def test_a_nan_step_is_skipped_and_counted(data, tmp_path, monkeypatch):
@@ -852,6 +863,9 @@ def test_overwrite_begins_again(data, tmp_path):
     assert [r["step"] for r in records(run) if "loss" in r] == [1, 2]
     assert saved_state(run)["options"]["seed"] == 1
     assert (run / "mine.txt").read_text() == "a note"
+    free = {"preset": "micro", "n_layer": None, "n_embd": None, "set": []}
+    with pytest.raises(UserError, match="what it begins with"):
+        train.train(options(data, run, init=str(run / "."), overwrite=True, **free))
 
 
 def test_init_starts_from_a_folder(data, tmp_path):
