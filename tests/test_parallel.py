@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, call, command, refusal, wait_for
-from model import PRESETS, Config, Transformer, UserError, count_params, read_tensors, resumed
+from model import PRESETS, Config, Tokens, Transformer, UserError, count_params, read_tensors, resumed
 
 import model
 import parallel
@@ -227,6 +227,9 @@ def test_resharding_and_the_whole_folder(data, tmp_path):
     code, _, err = command("train.py", "--resume", out, "--max-steps", 9, env=ONE)
     assert code == 0, err
     assert losses(out) == pytest.approx(losses(tmp_path / "one"), abs=2e-3)  # Muon's bf16
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    read = [line["val_tokens"] for line in lines if "val_tokens" in line]
+    assert set(read[-4:]) == {Tokens(data, "val").n - 1}  # of ranks that split a model each token once
     transformers = pytest.importorskip("transformers")
     net = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert net(torch.zeros(1, 4, dtype=torch.long)).logits.shape[1] == 4

@@ -207,7 +207,7 @@ def gradient(data, out, monkeypatch, **changes) -> list[torch.Tensor]:
 
 
 CASES = {"clm": {}, "mlm": {"objective": "mlm"}, "doc_mask": {"doc_mask": True},
-         "experts": {"set": ["n_head=2", "n_expert=4", "balance_weight=1", "z_loss=1"]}}
+         "experts": {"set": ["n_head=2", "n_expert=4", "balance_rate=1", "z_loss=1"]}}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -273,9 +273,9 @@ def test_recomputation_changes_no_gradient(data, tmp_path, monkeypatch):
 
 
 def test_dropout_draws_new_masks_each_step(data, tmp_path, monkeypatch):
-    """The same batch at a rate that moves nothing: only the masks tell the steps apart."""
-    first = Batches.at
-    monkeypatch.setattr(Batches, "at", lambda batches, step: first(batches, 0))
+    """The same window at a rate that moves nothing: only the masks tell the steps apart."""
+    read = Tokens.batch
+    monkeypatch.setattr(Tokens, "batch", lambda tokens, position, *rest: read(tokens, 0, *rest))
     for dropout, different in ((0.2, 6), (0.0, 1)):
         changes = {"dtype": "fp32", "lr": 1e-12, "weight_decay": 0.0, "overwrite": True}
         train.train(options(data, tmp_path / "run", set=["n_head=2", f"dropout={dropout}"], **changes))
