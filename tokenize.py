@@ -70,7 +70,7 @@ else:
     from collections import Counter, defaultdict, deque
     from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
     from functools import partial
-    from itertools import accumulate, chain, groupby, islice, pairwise
+    from itertools import accumulate, chain, compress, groupby, islice, pairwise
     from pathlib import Path
     from typing import Annotated, Literal
 
@@ -332,10 +332,6 @@ class Row:
         self.where.update(new_places)
         return list(new_places), joined
 
-    def n_tokens(self) -> int:
-        """Count the tokens of all words."""
-        return sum(n for i, n in zip(self.head, self.weight, strict=True) if i != GAP)
-
 def train_bpe(words: dict, n_merges: int, n_units: int = 256, watch=iter) -> tuple[list, int]:
     """Learn the merges of `train_plain`, fast -> (merges, how many tokens they make of the words).
 
@@ -359,7 +355,8 @@ def train_bpe(words: dict, n_merges: int, n_units: int = 256, watch=iter) -> tup
         merges.append((a, b))
         for pair in row.join(a, b)[0]:
             heapq.heappush(queue, (-counts[pair], pair))
-    return merges, row.n_tokens()
+    n_tokens = sum(n for i, n in zip(row.head, row.weight, strict=True) if i != GAP)
+    return merges, n_tokens
 
 def train_wordpiece(words: dict, n_merges: int, n_units: int, watch=iter) -> list:
     """Learn the merges of `train_plain(..., wordpiece=True)`, fast.
@@ -517,18 +514,15 @@ def train_unigram(words: dict, size: int, watch=iter) -> dict:
     The text of each piece stands in the lattice beside the words, with weight zero: without the piece it
     would be cut otherwise, with probability p(text) - p(piece), and that is what its loss is measured by.
     """
-    lattice_words = list(words)
-    n_words = len(lattice_words)
-    seeds = Lattice(lattice_words, list(words.values())).find_pieces(MAX_PIECE_CHARS, SEED_FACTOR * size)
+    seeds = Lattice([*words], [*words.values()]).find_pieces(MAX_PIECE_CHARS, SEED_FACTOR * size)
     n_chars = sum(len(piece) == 1 for piece in seeds)
     size = min(max(size, n_chars), len(seeds))
-    lattice = Lattice(lattice_words + seeds, [*words.values(), *[0] * len(seeds)])
+    lattice = Lattice([*words, *seeds], [*words.values(), *[0] * len(seeds)])
     pieces = lattice.find_pieces(MAX_PIECE_CHARS, SEED_FACTOR * size)
-    place = np.empty(len(lattice.order), dtype=int)
-    place[lattice.order] = np.arange(len(lattice.order))
-    own = {piece: place[n_words + i] for i, piece in enumerate(seeds)}  # the row of each piece's own text
+    rows = np.argsort(lattice.order)[len(words) :]  # where the texts of the pieces stand
+    own = dict(zip(seeds, rows.tolist(), strict=True))
     p = np.ones(len(pieces)) / len(pieces)
-    rounds = math.ceil(math.log(max(len(pieces) / size, 1)) / -math.log(0.75)) + 1
+    rounds = math.ceil(math.log(len(pieces) / size) / -math.log(0.75)) + 1
     for _ in watch(range(rounds)):
         for _ in range(2):
             counts, whole = lattice.expect(p)
@@ -537,15 +531,15 @@ def train_unigram(words: dict, size: int, watch=iter) -> dict:
         if len(pieces) == size:
             break
         counts, whole = lattice.expect(p)
-        rows = np.array([own[piece] for piece in pieces])
-        lengths = np.array([len(piece) for piece in pieces], dtype=float)
+        rows = [own[piece] for piece in pieces]
+        lengths = np.array([*map(len, pieces)], dtype=float)
         share = whole[rows] / CHAR_SCALE**lengths
         loss = counts * (np.log(p) - np.log(np.maximum(share - p, 1e-300)))
         loss[lengths == 1] = np.inf
         left = max(int(0.75 * len(pieces)), size)
         kept = np.zeros(len(pieces), dtype=bool)
         kept[np.argsort(-loss, kind="stable")[:left]] = True
-        pieces = [piece for piece, stays in zip(pieces, kept, strict=True) if stays]
+        pieces = [*compress(pieces, kept)]
         lattice.keep(kept)
         p = p[kept] / p[kept].sum()
     # in steps of 2^-20, sums are exact: ties are ties, whether a text is cut whole or word by word
@@ -760,8 +754,8 @@ def is_odd(pattern: str) -> bool:
 
 def split_step(step: dict):
     pattern = pattern_of(step)
-    what = "it matches nothing, or repeats a repetition"
-    check(not is_odd(pattern), f"the pattern {pattern!r} is not supported: {what}")
+    odd = "is not supported: it matches nothing, or repeats a repetition"
+    check(not is_odd(pattern), f"the pattern {pattern!r} {odd}")
     return split_at(pattern, step["behavior"], step.get("invert", False))
 
 PUNCTUATION = r"[!-/:-@\[-`{-~\p{P}]"
@@ -850,16 +844,14 @@ def read_ranks(path: Path) -> dict:
     which the file does not hold, are known by its name."""
     pattern, end = RANK_FILES.get(path.stem, (None, None))
     check(pattern, f"{path.name} does not say which pattern cuts the text: known are {', '.join(RANK_FILES)}")
-    lines = [line.split() for line in path.read_bytes().splitlines() if line]
-    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    spelled = {token: "".join(map(CHAR.get, token)) for token in ranks}
-    names = {name: ranks[token] for token, name in spelled.items()}
+    names = {}
+    for line in filter(None, path.read_bytes().splitlines()):
+        token, rank = line.split()
+        names["".join(map(CHAR.get, base64.b64decode(token)))] = int(rank)
     merges = []
-    for name in sorted(names, key=names.get):
-        if len(name) > 1:
-            merges.append(list(split_by_earlier_merges(name, names)))
-    odd = [merge for merge in merges if len(merge) != 2]
-    check(not odd, f"no two tokens before it make {''.join(odd[0]) if odd else ''!r}")
+    for name in sorted(names.keys() - CHAR.values(), key=names.get):
+        merges.append(list(split_by_earlier_merges(name, names)))
+        check(len(merges[-1]) == 2, f"no two tokens before it make {name!r}")
     spec = bpe_file([], pattern, ())
     spec["model"] |= {"vocab": names, "merges": merges}
     for token, i in end.items():
@@ -915,11 +907,11 @@ def bytes_codec(spec: dict, pattern: str | None):
     vocab = spec["model"]["vocab"]
     names = read_merges(spec, list(CHAR.values()))
     ids = np.array([vocab[name] for name in names], dtype=np.uint32)
-    ranks = {bytes(map(BYTE.get, name)): rank for rank, name in enumerate(names)}
-    merge_text = tiktoken_merges(ranks, pattern or r"[\s\S]+")
     tokens = {}
     for name, i in vocab.items():  # a token that is not spelled in bytes stands for itself
         tokens[i] = bytes(map(BYTE.get, name)) if set(name) <= BYTE.keys() else name.encode()
+    ranks = {tokens[i]: rank for rank, i in enumerate(ids.tolist())}
+    merge_text = tiktoken_merges(ranks, pattern or r"[\s\S]+")
     return tokens, lambda text: ids[merge_text(text)]
 
 def tiktoken_merges(ranks: dict, pattern: str):
@@ -1147,12 +1139,10 @@ def find_tokens(added: list[dict], text: str) -> list[tuple]:
         forms.append(f"({form})" + r"\s*" * bool(token.get("rstrip")))
     return cut_out(text, re.finditer("|".join(forms), text), lambda match: order[match.lastindex - 1]["id"])
 
-POST_PROCESSORS = ("TemplateProcessing", "ByteLevel", "BertProcessing", "RobertaProcessing")
-
 def read_frame(spec: dict) -> tuple[tuple, tuple]:
     """Find the ids that a file's post-processor puts before and after a text."""
-    steps = steps_of(spec, "post_processor", POST_PROCESSORS)
-    steps = [step for step in steps if step["type"] != "ByteLevel"]  # which adds nothing
+    known = ("TemplateProcessing", "ByteLevel", "BertProcessing", "RobertaProcessing")
+    steps = [step for step in steps_of(spec, "post_processor", known) if step["type"] != "ByteLevel"]
     check(len(steps) < 2, "several steps of the post_processor are not supported yet")
     for step in steps:
         if "cls" in step:
@@ -1338,11 +1328,11 @@ class Tokenizer:
         if self.eot_id is None:
             self.eot_id = self.ids.get(self.names.get("eos_token"))
 
-    def describe_settings(self) -> dict:
-        """Collect what a folder says beside a tokenizer.json: names of tokens, another chat template."""
-        ours = CHAT_FORMATS["chatml"][0]
-        template = {"chat_template": self.chat_template} if self.chat_template not in (None, ours) else {}
-        return self.names | template
+    def describe_settings(self) -> str:
+        """Write what a folder says beside a tokenizer.json: names of tokens, another chat template; or ""."""
+        ours = (None, CHAT_FORMATS["chatml"][0])
+        settings = self.names | ({} if self.chat_template in ours else {"chat_template": self.chat_template})
+        return json.dumps(settings, indent=2) + "\n" if settings else ""
 
     def save(self, path: Path):
         """Save the tokenizer to a file, whole or not at all."""
@@ -1705,20 +1695,24 @@ def find_python() -> list:
             found += [(package, file.as_posix(), Path(file.locate()), False) for file in files]
     return sorted(file for file in found if file[1].endswith(".py") and file[2].is_file())
 
-def read_records(path: Path, file, field: str, loose: bool):
+def read_lines(path: Path, lines):
+    """Yield the number and the value of each line of JSON that is not empty."""
+    for i, line in enumerate(lines, 1):
+        if line.strip():
+            yield i, parse_json(without_mark(line), f"line {i} of {path}")
+
+def read_records(path: Path, file, field: str):
     """Yield one field of each object of a JSON file: one a line, or one array or object in all.
 
-    Lines are read one by one; what is no line of its own is held whole. loose: it may be no text at all.
+    Lines are read one by one; what is no line of its own is held whole.
     """
-    lines = ((i, line) for i, line in enumerate(file, 1) if line.strip())
-    i, first = next(lines, (1, b""))
+    rows = read_lines(path, file)
     try:
-        row = parse_json(without_mark(first), path)
+        first = next(rows, None)
     except UserError:
-        row = None
-    if isinstance(row, dict) and not loose:
-        rest = ((i, parse_json(line, f"line {i} of {path}")) for i, line in lines)
-        rows = chain([(i, row)], rest)
+        first = None
+    if first and isinstance(first[1], dict):
+        rows = chain([first], rows)
     else:
         file.seek(0)
         data = file.read()
@@ -1726,8 +1720,7 @@ def read_records(path: Path, file, field: str, loose: bool):
             whole = parse_json(data, path)
             rows = enumerate(whole if isinstance(whole, list) else [whole], 1)
         except UserError:
-            lines = enumerate(without_mark(data).splitlines(), 1)
-            rows = ((i, parse_json(line, f"line {i} of {path}")) for i, line in lines if line.strip())
+            rows = read_lines(path, without_mark(data).splitlines())
     i = 0
     for i, row in rows:
         text = row.get(field) if isinstance(row, dict) else None
@@ -1767,14 +1760,12 @@ def read_contents(files: list, field: str, hashes: list):
             suffix = unpacked(path).suffix.lower()
             try:
                 file = unpack(path, raw)
-                if suffix not in JSON_FILES:
-                    contents = [file.read()]
-                elif named or suffix != ".json":
-                    contents = read_records(path, file, field, False)
-                else:  # settings, maybe
+                contents = read_records(path, file, field) if suffix in JSON_FILES else [file.read()]
+                if suffix == ".json" and not named:  # settings, maybe
+                    records = contents
                     contents = []
                     with contextlib.suppress(UserError):
-                        contents = list(read_records(path, file, field, True))
+                        contents = list(records)
                 for data in contents:
                     size = raw.tell() - done
                     done += size
@@ -1803,12 +1794,18 @@ def judge(filters: dict, signed: bool, batch: list) -> list:
         judged.append((source, name, named, text, reason, len(data), key, signature))
     return judged
 
+def open_beside(output: Path | None):
+    """Open a file without a name on the disk where the output will be."""
+    places = (output.resolve(), *output.resolve().parents) if output else ()
+    return tempfile.TemporaryFile(dir=next(filter(Path.is_dir, places), None))
+
 class Documents:
     """Keep texts in a file without a name, so that a kill leaves nothing, and some 350 bytes of each here."""
 
-    def __init__(self, folder: Path | None, seed: int):
+    def __init__(self, output: Path | None, seed: int):
         self.seed = seed
-        self.file = tempfile.TemporaryFile(dir=folder)
+        self.output = output
+        self.file = open_beside(output)
         self.keys = set()
         self.sources = []  # the names; of each document the place of its source in them:
         self.source = array("H")
@@ -1852,7 +1849,7 @@ class Documents:
         """Yield the texts of these documents, with a bar."""
         yield from map(self.text, track(rows, what))
 
-def read_documents(files: list, field: str, filters=None, folder=None, seed=0, signed=True) -> tuple:
+def read_documents(files: list, field: str, filters=None, output=None, seed=0, signed=True) -> tuple:
     """Read files: return Documents, {reason: what was dropped}, [source, name, hash] of each.
 
     A text file that the user named only has to be text, and what was asked for; all others, and the records
@@ -1861,7 +1858,7 @@ def read_documents(files: list, field: str, filters=None, folder=None, seed=0, s
     used = field == "text" or any(unpacked(path).suffix.lower() in JSON_FILES for _, _, path, _ in files)
     check(used, f"--field {field} is for JSON files, and there are none")
     filters = choose_filters([]) if filters is None else filters
-    documents = Documents(folder, seed)
+    documents = Documents(output, seed)
     dropped = {}
     for reason in ("not a file", "without the field", *filters, "duplicate"):
         dropped[reason] = {"documents": 0, "bytes": 0}
@@ -2293,10 +2290,9 @@ def train(
     texts = documents.read(range(len(documents)), "learning")
     tokenizer, n_tokens = train_tokenizer(texts, **options)
     tokenizer.save(output)
-    settings = tokenizer.describe_settings()
     beside.unlink(missing_ok=True)
-    if settings:
-        beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if settings := tokenizer.describe_settings():
+        beside.write_text(settings, encoding="utf-8")
     n_bytes = documents.sizes().sum()
     say(f"{output}: {tokenizer.n_vocab:,} ids, {n_bytes / n_tokens:.3f} bytes per token")
 
@@ -2434,8 +2430,7 @@ def prepare(
     finish_save(output)
     check_folder(output, overwrite, files)
     # 2. documents; what is written on the way has no name on the disk, so a kill leaves nothing
-    disk = next(folder for folder in (output.resolve(), *output.resolve().parents) if folder.is_dir())
-    documents, dropped, hashes = read_documents(files, field, chosen, disk, seed)
+    documents, dropped, hashes = read_documents(files, field, chosen, output, seed)
     rows = select_documents(documents, near_duplicates, reference, dropped)
     train, val = split_documents(documents, rows, val_fraction)
     sources = {source: {} for source, *_ in files}
@@ -2447,19 +2442,15 @@ def prepare(
     # 4. the ids, and the account of it all
     dtype = "uint16" if tok.n_vocab <= 2**16 else "uint32"
     meta = {"dtype": dtype, "vocab_size": tok.n_vocab, "eot_id": tok.eot_id, "splits": {}, "sources": sources}
-    save_train = encode_documents(tok, documents, train, "train", meta, disk)
-    save_val = encode_documents(tok, documents, val, "val", meta, disk)
-    meta |= {"near_duplicates": count_contaminated(documents, train, val), "filters": dropped}
-    meta["command"] = command
+    save_train = encode_documents(tok, documents, train, "train", meta)
+    save_val = encode_documents(tok, documents, val, "val", meta)
+    near = count_contaminated(documents, train, val)
+    meta |= {"near_duplicates": near, "filters": dropped, "command": command}
     # 5. the folder
-    contents = (save_train, save_val, tok.save, describe_data(meta, hashes))
-    contents = dict(zip(DATA_FILES, contents, strict=True))
-    settings = tok.describe_settings()
-    contents |= {SETTINGS: json.dumps(settings, indent=2) + "\n"} if settings else {}
+    parts = (save_train, save_val, tok.save, describe_data(meta, hashes), tok.describe_settings())
+    contents = {name: part for name, part in zip((*DATA_FILES, SETTINGS), parts, strict=True) if part}
     save_files(output, contents, {SETTINGS} - contents.keys())
-    show_meta(output, meta)
-    if as_json:
-        print(json.dumps({"output": str(output), **meta}))
+    show_meta(output, meta, as_json)
 
 def load_for_data(path: Path) -> Tokenizer:
     """Load the tokenizer that --tokenizer names; it has to know how a document ends."""
@@ -2501,7 +2492,7 @@ def read_weights(weights: list[str], sources: set) -> dict:
     check(not missing, f"--weight has to name every source: {', '.join(sorted(missing))} is missing")
     return shares
 
-def encode_documents(tok: Tokenizer, documents: Documents, rows: np.ndarray, split: str, meta: dict, disk):
+def encode_documents(tok: Tokenizer, documents: Documents, rows: np.ndarray, split: str, meta: dict):
     """Encode a split as one row of ids, an end-of-text after each document; add its counts to meta.
 
     Returns a function that writes the ids to a path.
@@ -2510,7 +2501,7 @@ def encode_documents(tok: Tokenizer, documents: Documents, rows: np.ndarray, spl
         count[split] = {"documents": 0, "tokens": 0, "bytes": 0}
     dtype = np.dtype(meta["dtype"]).newbyteorder("<")
     sizes = documents.sizes()
-    file = tempfile.TemporaryFile(dir=disk)
+    file = open_beside(documents.output)
 
     def encode(texts: list[str]) -> list[np.ndarray]:
         return [np.append(tok.encode_array(text), tok.eot_id).astype(dtype) for text in texts]
@@ -2546,8 +2537,8 @@ def command_line(inputs: list, output, overwrite, as_json, **options) -> str:
 def shorten(path: Path) -> str:
     return path.name if path.is_absolute() else str(path)
 
-def show_meta(output: Path, meta: dict):
-    """Print what each source gave, and what was dropped."""
+def show_meta(output: Path, meta: dict, as_json: bool):
+    """Print what each source gave, and what was dropped; for programs all of it."""
     for name, split in (meta["sources"] | {f"{output}": meta["splits"]}).items():
         for part in ("train", "val"):
             n = split[part]
@@ -2560,6 +2551,8 @@ def show_meta(output: Path, meta: dict):
     for reason, n in meta["filters"].items():
         if n["documents"]:
             say(f"dropped: {n['documents']} {reason}, such as {n['example']!r}")
+    if as_json:
+        print(json.dumps({"output": str(output)} | meta))
 
 def choose_tokenizer(tokenizer: Path | None, algorithm, vocab_size, pattern, normalizer=None, coverage=None,
                      special=(), chat=None) -> dict:
