@@ -136,14 +136,13 @@ PACKAGES = "torch numpy tiktoken regex typer rich pytest safetensors"
 # It skips what is hidden or outside (".."), folders of these names, and tests.
 SKIPPED = r"(^|/)(\.|(test|tests|testing|idlelib|site-packages|dist-packages|__pycache__)/"
 SKIPPED += r"|test_[^/]*$|[^/]*_test\.py$|conftest\.py$)"
-# Options of `train`: the algorithms that they are for, and the values of some.
-LEARNED_ON_WORDS = ("wordpiece", "spm-bpe", "unigram")
+# Which algorithms an option is for; the normalizers of an algorithm.
+LEARNED_ON_WORDS = {"wordpiece": ("cased", "uncased"), "spm-bpe": ("nfkc",), "unigram": ("nfkc",)}
 OPTION_ALGORITHMS = {
-    "vocab_size": (("bpe", *LEARNED_ON_WORDS), None),
-    "pattern": (("bpe",), None),
-    "normalizer": (LEARNED_ON_WORDS,
-                   {"wordpiece": ("cased", "uncased"), "spm-bpe": ("nfkc",), "unigram": ("nfkc",)}),
-    "coverage": (LEARNED_ON_WORDS, None),
+    "vocab_size": ("bpe", *LEARNED_ON_WORDS),
+    "pattern": ("bpe",),
+    "normalizer": (*LEARNED_ON_WORDS,),
+    "coverage": (*LEARNED_ON_WORDS,),
 }
 SETTINGS = "tokenizer_config.json"  # what a tokenizer.json does not hold, where there is such
 DATA_FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
@@ -902,8 +901,8 @@ def steps_of(spec: dict, part: str, known) -> list:
 
 # A codec reads a file -> {id: bytes} and a function from a piece of text to ids.
 
-def bytes_codec(spec: dict, pattern: str | None):
-    """Read BPE on bytes; tiktoken merges. pattern: cuts a piece further."""
+def bytes_codec(spec: dict):
+    """Read BPE on bytes; tiktoken merges, and cuts where one pattern does."""
     vocab = spec["model"]["vocab"]
     names = read_merges(spec, list(CHAR.values()))
     ids = np.array([vocab[name] for name in names], dtype=np.uint32)
@@ -911,7 +910,7 @@ def bytes_codec(spec: dict, pattern: str | None):
     for name, i in vocab.items():  # a token that is not spelled in bytes stands for itself
         tokens[i] = bytes(map(BYTE.get, name)) if set(name) <= BYTE.keys() else name.encode()
     ranks = {tokens[i]: rank for rank, i in enumerate(ids.tolist())}
-    merge_text = tiktoken_merges(ranks, pattern or r"[\s\S]+")
+    merge_text = tiktoken_merges(ranks, one_pattern(spec) or r"[\s\S]+")
     return tokens, lambda text: ids[merge_text(text)]
 
 def tiktoken_merges(ranks: dict, pattern: str):
@@ -950,8 +949,9 @@ def chars_codec(spec: dict):
 
     def encode(text: str):
         found = merge_text(text)
-        out = ids[found]
-        return out if (out >= 0).all() else number_parts([parts[rank] for rank in found], known, vocab, model)
+        if (ids[found] >= 0).all():
+            return ids[found]
+        return number_parts([parts[rank] for rank in found], known, vocab, model)
 
     return tokens_of(model), encode
 
@@ -1182,42 +1182,37 @@ def read_decoder(spec: dict) -> tuple[str | None, bool]:
 # ---- Conversations -----------------------------------------------------------------------------------------
 
 MARK = "\ue000(\\d+)\ue001"  # stands in the place of a message's content
-INST = (  # Llama 2 and Mistral: the system's words are part of the first user's
-    "{% set said = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}"
-    "{% set said.system = SYSTEM %}{% elif m['role'] == 'assistant' %}{{ ANSWER }}"
-    "{% else %}{{ BEGIN + '[INST] ' + said.system + m['content'] + ' [/INST]' }}{% set said.system = '' %}"
-    "{% endif %}{% endfor %}"
-)
-TURNS = (  # a header and an end for each turn
-    "{% for m in messages %}{{ HEAD + m['content'] + END }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ REPLY }}{% endif %}"
-)
-
-def fill_in(template: str, **parts: str) -> str:
-    for name, expression in parts.items():
-        template = template.replace(name, expression)
-    return template
-
 CHAT_FORMATS = {  # name: the Jinja template, the special tokens that it spells, the one that ends a turn
-    "chatml": (fill_in(
-        TURNS, HEAD=r"'<|im_start|>' + m['role'] + '\n'", END=r"'<|im_end|>\n'",
-        REPLY=r"'<|im_start|>assistant\n'"), ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
-    "llama2": (fill_in(
-        INST, SYSTEM=r"'<<SYS>>\n' + m['content'] + '\n<</SYS>>\n\n'", BEGIN="'<s>'",
-        ANSWER="' ' + m['content'] + ' </s>'"), ("<s>", "</s>"), "</s>"),
-    "mistral": ("{{ '<s>' }}" + fill_in(
-        INST, SYSTEM=r"m['content'] + '\n\n'", BEGIN="''", ANSWER="' ' + m['content'] + '</s>'"),
-        ("<s>", "</s>", "[INST]", "[/INST]"), "</s>"),
-    "llama3": ("{{ '<|begin_of_text|>' }}" + fill_in(
-        TURNS, HEAD=r"'<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'", END="'<|eot_id|>'",
-        REPLY=r"'<|start_header_id|>assistant<|end_header_id|>\n\n'"),
+    "chatml": (
+        r"{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+        r"{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
+    # Llama 2 and Mistral: the system's words are part of the first user's
+    "llama2": (
+        r"{% set said = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}"
+        r"{% set said.system = '<<SYS>>\n' + m['content'] + '\n<</SYS>>\n\n' %}"
+        r"{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' </s>' }}"
+        r"{% else %}{{ '<s>' + '[INST] ' + said.system + m['content'] + ' [/INST]' }}"
+        r"{% set said.system = '' %}{% endif %}{% endfor %}", ("<s>", "</s>"), "</s>"),
+    "mistral": (
+        r"{{ '<s>' }}{% set said = namespace(system='') %}{% for m in messages %}"
+        r"{% if m['role'] == 'system' %}{% set said.system = m['content'] + '\n\n' %}"
+        r"{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + '</s>' }}"
+        r"{% else %}{{ '' + '[INST] ' + said.system + m['content'] + ' [/INST]' }}"
+        r"{% set said.system = '' %}{% endif %}{% endfor %}", ("<s>", "</s>", "[INST]", "[/INST]"), "</s>"),
+    "llama3": (
+        r"{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + "
+        r"'<|end_header_id|>\n\n' + m['content'] + '<|eot_id|>' }}{% endfor %}"
+        r"{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
         ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>"),
-    "gemma": ("{{ '<bos>' }}" + fill_in(
-        TURNS, HEAD=r"'<start_of_turn>' + ('model' if m['role'] == 'assistant' else 'user') + '\n'",
-        END=r"'<end_of_turn>\n'", REPLY=r"'<start_of_turn>model\n'"),
+    "gemma": (
+        r"{{ '<bos>' }}{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' "
+        r"else 'user') + '\n' + m['content'] + '<end_of_turn>\n' }}{% endfor %}"
+        r"{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
         ("<bos>", "<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
-    "phi3": (fill_in(
-        TURNS, HEAD=r"'<|' + m['role'] + '|>\n'", END=r"'<|end|>\n'", REPLY=r"'<|assistant|>\n'"),
+    "phi3": (
+        r"{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+        r"{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
         ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"), "<|end|>"),
 }
 
@@ -1252,13 +1247,10 @@ class Tokenizer:
         added = spec.get("added_tokens", [])
         steps = steps_of(spec, "pre_tokenizer", PRE_TOKENIZERS)
         on_bytes = any(step["type"] == "ByteLevel" for step in steps)
-        kind = spec["model"].get("type", "BPE")
-        pattern = one_pattern(spec) if on_bytes else None
-        if kind == "BPE" and on_bytes:
-            tokens, self.encode_words = bytes_codec(spec, pattern)
-        else:
-            check(kind in CODECS, f"tokenizers of the type {kind} are not supported")
-            tokens, self.encode_words = CODECS[kind](spec)
+        kind = spec["model"].get("type", "BPE") + " on bytes" * on_bytes
+        check(kind in CODECS, f"tokenizers of the type {kind} are not supported")
+        tokens, self.encode_words = CODECS[kind](spec)
+        pattern = one_pattern(spec) if on_bytes else None  # then tiktoken cuts, too
         normalizers = steps_of(spec, "normalizer", NORMALIZERS)
         self.normalizers = []  # for each place
         self.cuts = []
@@ -1268,7 +1260,7 @@ class Tokenizer:
             self.cuts.append(compose(cuts))
         sign, self.drops_space = read_decoder(spec)
         decoded = any(step["type"] == "ByteLevel" for step in steps_of(spec, "decoder", DECODERS))
-        check(decoded == (kind == "BPE" and on_bytes), "pre_tokenizer and decoder do not fit together")
+        check(decoded == on_bytes, "pre_tokenizer and decoder do not fit together")
         if sign:
             tokens = {i: token.replace(sign.encode(), b" ") for i, token in tokens.items()}
         tokens |= {token["id"]: token["content"].encode() for token in added}
@@ -1541,12 +1533,10 @@ def train_tokenizer(texts, algorithm="bpe", vocab_size=4096, pattern="gpt4", nor
     names = tuple(dict.fromkeys((*SPECIAL, *CHAT_FORMATS[chat][1], *special)))
     learn = {"bpe": learn_bpe, "byte": learn_bytes, "char": learn_chars, "wordpiece": learn_wordpiece,
              "spm-bpe": learn_sentencepiece, "unigram": learn_sentencepiece}[algorithm]
-    if algorithm == "unigram":
-        learn = partial(learn, unigram=True)
-    options = {"vocab_size": vocab_size, "pattern": pattern, "normalizer": normalizer, "coverage": coverage}
     gc.disable()  # millions of pairs and none in a circle: looking for one takes a fourth of the time
     try:
-        spec, n_tokens = learn(texts, names, **options)
+        spec, n_tokens = learn(texts, names, algorithm=algorithm, vocab_size=vocab_size, pattern=pattern,
+                               normalizer=normalizer, coverage=coverage)
     finally:
         gc.enable()
     tokenizer = Tokenizer(spec)
@@ -1608,7 +1598,7 @@ def learn_wordpiece(texts, special, vocab_size, normalizer, coverage, **options)
     spec = wordpiece_file(list(dict.fromkeys(["[UNK]", *names])), special, normalizer != "cased")
     return spec, count_tokens(spec, words)
 
-def learn_sentencepiece(texts, special, vocab_size, normalizer, coverage, unigram=False, **options):
+def learn_sentencepiece(texts, special, algorithm, vocab_size, normalizer, coverage, **options):
     """Learn SentencePiece's BPE or Unigram: on characters, a space is one of them, rare ones become bytes."""
     nfkc = normalizer == "nfkc"
     found = count_parts(texts, partial(count_words, pattern="words", prepare=partial(spaced, nfkc=nfkc)))
@@ -1617,6 +1607,7 @@ def learn_sentencepiece(texts, special, vocab_size, normalizer, coverage, unigra
         for start in range(0, len(word), MAX_WORD_CHARS):
             words[word[start : start + MAX_WORD_CHARS].replace(" ", SPACE)] += n
     alphabet = choose_alphabet(words, coverage)
+    unigram = algorithm == "unigram"
     if unigram:  # else a text that spells the name of a byte, <0x41>, could be cut into that token
         alphabet = list(dict.fromkeys([*alphabet, *"<0x123456789ABCDEF>"]))
     base = ["<unk>", *(f"<0x{b:02X}>" for b in range(256))]
@@ -1644,6 +1635,7 @@ def learn_sentencepiece(texts, special, vocab_size, normalizer, coverage, unigra
 
 CODECS = {
     "BPE": chars_codec,
+    "BPE on bytes": bytes_codec,
     "WordPiece": wordpiece_codec,
     "Unigram": lambda spec: (tokens_of(spec["model"]), Unigram(spec)),
 }
@@ -1707,10 +1699,9 @@ def read_records(path: Path, file, field: str):
     Lines are read one by one; what is no line of its own is held whole.
     """
     rows = read_lines(path, file)
-    try:
+    first = None
+    with contextlib.suppress(UserError):
         first = next(rows, None)
-    except UserError:
-        first = None
     if first and isinstance(first[1], dict):
         rows = chain([first], rows)
     else:
@@ -2268,15 +2259,9 @@ def draw(rows: list[dict], path: Path):
 def train(
     inputs: Annotated[list[str], typer.Option("--input", help="Text, folder or .jsonl; can be repeated.")],
     output: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
-    algorithm: Annotated[Algorithm, typer.Option(help="How tokens are learned; bpe.")] = None,
-    vocab_size: Annotated[int, typer.Option(help="All ids, special tokens too; 4096.")] = None,
-    pattern: Annotated[Literal["gpt2", "gpt4"], typer.Option(help="bpe: how text is cut; gpt4.")] = None,
-    normalizer: Annotated[Normalizer, typer.Option(help="nfkc: spm-bpe, unigram; others: wordpiece.")] = None,
-    coverage: Annotated[float, typer.Option(help="Share of the text with characters of its own.")] = None,
-    special: Annotated[list[str], typer.Option(help="One more special token; can be repeated.")] = (),
-    chat: Annotated[Chat, typer.Option(help="How conversations are spelled; chatml.")] = None,
-    field: Annotated[str, typer.Option(help="JSON files: the field that holds the text.")] = "text",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    # as `prepare` declares them
+    algorithm=None, vocab_size=None, pattern=None, normalizer=None, coverage=None, special=(), chat=None,
+    field="text", overwrite=False,
 ):
     """Learn a tokenizer from text."""
     files = find_files(inputs)
@@ -2314,10 +2299,11 @@ def encode(
     tok = Tokenizer.load(tokenizer)
     if text is None:
         text = without_mark(sys.stdin.buffer.read()).decode(errors="surrogateescape")
-    if not other:
-        print(json.dumps(tok.encode(text, "all" if "all" in special else special)))
-        return
-    for ids in tok.encode_ways(text, n_best, sample, random.Random(seed)):
+    if other:
+        ways = tok.encode_ways(text, n_best, sample, random.Random(seed))
+    else:
+        ways = [tok.encode(text, "all" if "all" in special else special)]
+    for ids in ways:
         print(json.dumps(ids))
 
 def decode(
@@ -2565,11 +2551,11 @@ def choose_tokenizer(tokenizer: Path | None, algorithm, vocab_size, pattern, nor
     check(free, f"--tokenizer says it all: leave out {given}")
     kind = algorithm or "bpe"
     for name in OPTION_ALGORITHMS.keys() & options.keys():
-        kinds, values = OPTION_ALGORITHMS[name]
+        kinds = OPTION_ALGORITHMS[name]
         flag = f"--{name.replace('_', '-')}"
         check(kind in kinds, f"{flag} is for {', '.join(kinds)}, not for {kind}: leave it out")
-        fits = values is None or options[name] in values[kind]
-        check(fits, f"{flag} {options[name]} is not for {kind}")
+    fits = normalizer is None or normalizer in LEARNED_ON_WORDS[kind]
+    check(fits, f"--normalizer {normalizer} is not for {kind}")
     check(0 < options.get("coverage", 1) <= 1, f"--coverage {coverage} is not between 0 and 1")
     least = LEAST_VOCAB if kind == "bpe" else len(SPECIAL) + 2
     check(least <= options.get("vocab_size", least) < 2**24,
@@ -2592,6 +2578,7 @@ def main():
     """Run the command that the user typed; print an error as one sentence."""
     app = typer.Typer(help="Turn text into tokens, and into a data folder.", no_args_is_help=True,
                       add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    train.__annotations__ = prepare.__annotations__ | train.__annotations__
     for command in (train, encode, decode, report, prepare):
         app.command()(command)
     try:

@@ -606,6 +606,21 @@ def test_what_a_character_file_cannot_say(tmp_path, change):
         tk.Tokenizer.load(tmp_path)
 
 
+def test_bytes_are_for_bpe_alone(tmp_path):
+    spec = train(["one two three " * 300], 300, algorithm="unigram").spec | {"pre_tokenizer": json.loads(tk.BYTE_LEVEL)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(tk.UserError, match="Unigram on bytes"):
+        tk.Tokenizer.load(tmp_path)
+
+
+def test_two_answers_in_a_row_end_once(bpe):
+    """A template may leave out the end of what stands last, as the prompt of the second answer does."""
+    ours = tk.Tokenizer(bpe.spec)
+    ours.chat_template = "{% for m in messages %}{{ m.content }}{% if not loop.last %}<|im_end|>{% endif %}{% endfor %}"
+    ids, own = ours.render([{"role": role, "content": role[0]} for role in ("user", "assistant", "assistant")])
+    assert ours.decode(ids) == "u<|im_end|>a<|im_end|>a" and own == [False, True, True, True, True]
+
+
 def test_half_a_character_is_said_to_be_one(bpe, char):
     for tokenizer in bpe, char:
         for special in (), "all":
