@@ -409,20 +409,18 @@ def train_wordpiece(words: dict, n_merges: int, n_units: int, watch=iter) -> lis
 class Lattice:
     """Hold all the ways to cut words into pieces: an edge for each place of each piece (1808.06226).
 
-    Words stand side by side, the longest first, so that those that reach a position are a slice. Node
-    start[j] + w is position j of word w. With all probabilities in numpy, one level of all words at a time, a
-    pass takes as many steps as the longest word has characters.
+    The words stand in one row, a gap after each. An edge leads from the place of a piece's first character to
+    the place after its last. All edges that end at one distance from the beginnings of their words are a
+    level, and are taken at once: a pass has as many steps as the longest word has characters.
     """
 
     def __init__(self, words: list[str], weights):
-        self.order = sorted(range(len(words)), key=lambda i: -len(words[i]))
-        self.words = [words[i] for i in self.order]
-        self.weights = np.array(weights, dtype=float)[self.order]
-        self.lengths = np.array([len(word) for word in self.words])
-        alive = [int(np.searchsorted(-self.lengths, -j, "right")) for j in range(self.lengths[0] + 1)]
-        self.start = np.cumsum([0, *alive])
-        self.alive = alive
-        self.ends = self.start[self.lengths] + np.arange(len(words))
+        self.words = words
+        self.weights = np.array(weights, dtype=float)
+        lengths = np.array([*map(len, words)])
+        self.ends = np.cumsum(lengths + 1) - 1
+        self.begins = self.ends - lengths
+        self.word = np.repeat(np.arange(len(words)), lengths + 1)  # of each place
 
     def find_pieces(self, longest: int, n_pieces: int) -> list[str]:
         """List all characters, then the substrings with the most occurrences times length; make the edges.
@@ -430,81 +428,62 @@ class Lattice:
         Substrings of length k are those of length k - 1 and one character more: a number for each, at each
         place, by one sort a length. What occurs once cannot occur twice when it is longer.
         """
-        text = "".join(self.words)
+        text = "".join(f"{word}\0" for word in self.words)
         codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-        word = np.repeat(np.arange(len(self.words)), self.lengths)
-        first = np.repeat(np.cumsum(self.lengths) - self.lengths, self.lengths)
-        at = np.arange(len(text)) - first  # position in the word
-        weights = self.weights[word]
-        left = self.lengths[word] - at
+        weights = self.weights[self.word]
         places = np.arange(len(text))
+        left = self.ends[self.word] - places
         number = np.zeros(len(text), dtype=np.int64)
-        found = []  # for each length: places, number of each, texts' first places, scores
+        pieces = []  # for each length: where each piece first stands, its length, its score
+        edges = []  # ... places, places after the end, numbers of the pieces
+        n_found = 0
         for k in range(1, longest + 1):
             fits = left[places] >= k
             places, number = places[fits], number[fits]
             key = number << 21 | codes[places + k - 1]
-            _, some, number = np.unique(key, return_index=True, return_inverse=True)
+            _, first, number = np.unique(key, return_index=True, return_inverse=True)
             counts = np.bincount(number, weights[places])
             kept = (counts >= 2) | (k == 1)
-            renumber = np.cumsum(kept) - 1
+            pieces.append((places[first[kept]], np.full(kept.sum(), k), counts[kept] * k))
             fits = kept[number]
-            some = places[some[kept]]
-            places, number = places[fits], renumber[number[fits]]
-            found.append((places, number, some, counts[kept] * k))
-        score = np.concatenate([f[3] for f in found[1:]] or [np.zeros(0)])
-        limit = -np.sort(-score)[n_pieces] if len(score) > n_pieces else 0
-        pieces, parts = [], []
-        for k, (places, number, some, score) in enumerate(found, 1):
-            kept = (score > limit) | (k == 1)
-            renumber = np.cumsum(kept) - 1 + len(pieces)
-            pieces += [text[i : i + k] for i in some[kept]]
-            fits = kept[number]
-            places, number = places[fits], number[fits]
-            source = self.start[at[places]] + word[places]
-            target = self.start[at[places] + k] + word[places]
-            parts.append((source, target, renumber[number], np.full(len(places), k)))
-        self.set_edges(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-        return pieces
-
-    def set_edges(self, source, target, piece, length) -> None:
-        """Take these edges, in the order of the level where they end."""
-        order = np.argsort(target, kind="stable")
-        self.source, self.target, self.piece, self.length = (
-            column[order].astype(np.int32) for column in (source, target, piece, length))
-        self.by_source = np.argsort(self.source, kind="stable")
-        self.in_levels = np.searchsorted(self.target, self.start)
-        self.out_levels = np.searchsorted(self.source[self.by_source], self.start)
+            places, number = places[fits], (np.cumsum(kept) - 1)[number[fits]]
+            edges.append((places, places + k, number + n_found))
+            n_found += kept.sum()
+        first, length, score = map(np.concatenate, zip(*pieces, strict=True))
+        longer = np.sort(score[length > 1])
+        limit = longer[-n_pieces - 1] if len(longer) > n_pieces else 0
+        kept = (score > limit) | (length == 1)
+        self.edges = [np.concatenate(column, dtype=np.int32) for column in zip(*edges, strict=True)]
+        self.keep(kept)
+        return [text[i : i + k] for i, k in zip(first[kept].tolist(), length[kept].tolist(), strict=True)]
 
     def keep(self, kept) -> None:
-        """Drop the edges of pieces that are gone, and number the rest anew."""
-        renumber = np.cumsum(kept) - 1
-        fits = kept[self.piece]
-        self.set_edges(self.source[fits], self.target[fits], renumber[self.piece[fits]], self.length[fits])
+        """Drop the edges of pieces that are gone, number the rest anew, and put them in order."""
+        fits = kept[self.edges[2]]
+        source, target, piece = (column[fits] for column in self.edges)
+        level = target - self.begins[self.word[target]]
+        order = np.argsort(level, kind="stable")
+        piece = np.cumsum(kept, dtype=np.int32)[piece] - 1
+        self.edges = [column[order] for column in (source, target, piece)]
+        bounds = np.searchsorted(level[order], np.arange(1, level.max() + 2))
+        self.levels = [slice(*pair) for pair in pairwise(bounds)]
 
     def expect(self, p):
         """Compute how often each piece is expected, by forward and backward sums -> (counts, each word's p).
 
         A probability is multiplied by CHAR_SCALE for each character, so that no product of many underflows.
         """
-        weight = p[self.piece] * CHAR_SCALE ** self.length.astype(float)
-        forward = np.zeros(self.start[-1])
-        forward[: self.alive[0]] = 1
-        for j in range(1, len(self.alive)):
-            low, high = self.in_levels[j : j + 2]
-            sums = forward[self.source[low:high]] * weight[low:high]
-            place = self.target[low:high] - self.start[j]
-            forward[self.start[j] : self.start[j + 1]] = np.bincount(place, sums, self.alive[j])
+        source, target, piece = self.edges
+        weight = p[piece] * CHAR_SCALE ** (target - source).astype(float)
+        forward, backward = np.zeros((2, len(self.word)))
+        forward[self.begins] = 1
+        for at in self.levels:
+            np.add.at(forward, target[at], forward[source[at]] * weight[at])
         whole = forward[self.ends]
-        backward = np.zeros(self.start[-1])
         backward[self.ends] = self.weights / whole
-        for j in range(len(self.alive) - 2, -1, -1):
-            edges = self.by_source[self.out_levels[j] : self.out_levels[j + 1]]
-            sums = backward[self.target[edges]] * weight[edges]
-            place = self.source[edges] - self.start[j]
-            backward[self.start[j] : self.start[j + 1]] += np.bincount(place, sums, self.alive[j])
-        share = forward[self.source] * weight * backward[self.target]
-        return np.bincount(self.piece, share, len(p)), whole
+        for at in reversed(self.levels):
+            np.add.at(backward, source[at], backward[target[at]] * weight[at])
+        return np.bincount(piece, forward[source] * weight * backward[target], len(p)), whole
 
 def train_unigram(words: dict, size: int, watch=iter) -> dict:
     """Learn pieces and their log probabilities (1804.10959): begin with many, fit them by EM, drop those
@@ -518,8 +497,7 @@ def train_unigram(words: dict, size: int, watch=iter) -> dict:
     size = min(max(size, n_chars), len(seeds))
     lattice = Lattice([*words, *seeds], [*words.values(), *[0] * len(seeds)])
     pieces = lattice.find_pieces(MAX_PIECE_CHARS, SEED_FACTOR * size)
-    rows = np.argsort(lattice.order)[len(words) :]  # where the texts of the pieces stand
-    own = dict(zip(seeds, rows.tolist(), strict=True))
+    own = {piece: row for row, piece in enumerate(seeds, len(words))}
     p = np.ones(len(pieces)) / len(pieces)
     rounds = math.ceil(math.log(len(pieces) / size) / -math.log(0.75)) + 1
     for _ in watch(range(rounds)):
