@@ -2570,8 +2570,8 @@ def console():
 
     return Console(stderr=True, soft_wrap=True, highlight=False)
 
-def say(message: str = "", **style) -> None:
-    """Print to standard error (standard output is for results), from rank 0 alone."""
+def say(message="", **style) -> None:
+    """Print a text or a table to standard error (standard output is for results), from rank 0 alone."""
     if env_rank() == 0:
         with contextlib.suppress(OSError):  # a full disk behind it ends no run
             console().print(message, **{"markup": False, "emoji": False} | style)

@@ -29,7 +29,7 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves this folder out
 from model import (  # before torch: it says how OpenMP's threads wait
     AUX, MLP, QWEN, Config, Family, Linear, Tokens, Transformer, check, check_memory, check_out, config_to_hf,
-    console, count_params, evaluate, find_checkpoint, load_model, load_tokenizer, opt, pick_device,
+    count_params, evaluate, find_checkpoint, load_model, load_tokenizer, opt, pick_device,
     pick_dtype, read_tokenizer, resize, run_app, save_checkpoint, save_files, say, synchronize,
 )
 
@@ -496,7 +496,7 @@ def show_study(layers: dict, share_of_class) -> None:
     if losses:
         table.add_row("costliest off", "", *[f"e{off.argmax()} {off.max():+.4f}" for off in losses])
         table.add_row("cheapest off", "", *[f"e{off.argmin()} {off.min():+.4f}" for off in losses])
-    console().print(table)
+    say(table)
     say("bits: what the class says of the expert. off: nats that the loss rises without the expert.")
 
 # ---- Part IV: the commands ---------------------------------------------------------------------------------

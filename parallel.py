@@ -1284,8 +1284,7 @@ def show_schedule(pipeline: Pipeline) -> None:
                 continue
             kind, stage, i = slot
             line.append(f" {kind if stage < layout.pp else kind.lower()}{i:<2}", colors[kind])
-        if dist.get_rank() == 0:
-            console().print(line, soft_wrap=True)
+        say(line)
     formula = bubble(layout.schedule, layout.pp, pipeline.m)
     most = ", ".join(str(most_stored(mine)) for mine in actions)
     say(f"Idle: {idle_share(rows):.1%} of the slots, {formula:.1%} by formula. Micro-batches that stood in "
@@ -1865,7 +1864,7 @@ def plan(
         "layouts fit")
     screen = console()
     screen.width = max(screen.width, 100)  # a narrow terminal wraps the lines, and keeps the figures
-    screen.print(plan_table(fitting[:16]))
+    say(plan_table(fitting[:16]))
     steps = (tokens or 20 * n) / tokens_per_step
     seconds = steps * fitting[0]["seconds"]
     hours = gpus * seconds / 3600

@@ -28,7 +28,7 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves this folder out
 from model import (  # before torch: it says how OpenMP's threads wait
     IGNORE, START, Batches, Config, Run, Tokens, TrainOptions, Transformer, UserError, barrier,
-    build_optimizer, check, check_out, clip_gradients, command, config_to_hf, console, count_params,
+    build_optimizer, check, check_out, clip_gradients, command, config_to_hf, count_params,
     default_data, derive, evaluate, evaluate_mixture, fingerprint, flops_per_token, generate, is_a,
     load_model, load_moe, load_state, load_tokenizer, make_config, open_data, open_run, opt, pick_dtype,
     rank_and_world, read_json, run_app, save_checkpoint, save_files, say, seed_of, setup_distributed,
@@ -408,7 +408,7 @@ def report(o: Options, run: Run, model: Transformer, batches: Batches) -> None:
     table = Table("figure", "value", title=Text(o.out), title_justify="left")
     for name, value in facts.items():
         table.add_row(Text(name), Text(value))  # a folder's name is no markup
-    console().print(table)
+    say(table)
     loads = [record["load"] for record in run.records if "load" in record]
     if loads:
         say(load_moe().load_bars(loads[-1]))

@@ -713,6 +713,15 @@ def test_metrics_that_cannot_be_written(data, tmp_path, monkeypatch):
     load_model(tmp_path / "run")
 
 
+def test_words_that_cannot_be_written_end_no_run(data, tmp_path, monkeypatch):
+    def write(text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(model.console(), "file", SimpleNamespace(write=write, flush=lambda: None, encoding="utf-8"))
+    result = train.train(options(data, tmp_path / "run", max_steps=1))
+    assert result["val_tokens"] > 0 and saved_state(tmp_path / "run")["finished"]
+
+
 def test_data_that_shrinks_underneath(data, tmp_path, monkeypatch):
     copy = shutil.copytree(data, tmp_path / "copy")
     real = train.evaluate
