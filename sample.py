@@ -687,9 +687,10 @@ class Step:
     def compile(self):
         """Compile forward for this model alone.
 
-        A model in use does not change: checking all of its modules again at each call takes a third of the
-        step of a small one. Left out, one model's code would serve another one: so the code is a copy, and
-        whole (experts are not: what is compiled of a part is found by the part's code).
+        The compiler would check at each call that none of the modules has changed: a third of a small model's
+        step. They do not; but without the checks a second model would run the first one's code, which the
+        compiler keeps with the function. So each step has a function of its own. (Experts are compiled in
+        parts, each kept with the function that it is of: they keep the checks.)
         """
         if self.model.config.n_expert:
             return torch.compile(self.forward)

@@ -184,6 +184,24 @@ def test_what_a_row_holds_is_not_read_again(monkeypatch):
     assert [second.new, other.new] == generate(net, [longer, other.ids], 10)
 
 
+def test_prompts_of_like_length_are_read_in_one_pass(monkeypatch):
+    """In whichever rows: those between them write on. A prompt of less than half the length has its own pass."""
+    net = net_of()
+    engine = Engine(net, 5, 100)
+    texts = prompts([9, 9, 9, 9, 9, 12, 20, 15, 6])
+    limits = [1, 60, 1, 1, 1, 10, 10, 10, 10]
+    requests = [engine.submit(Request(ids, n, GREEDY)) for ids, n in zip(texts[:5], limits, strict=False)]
+    engine.step()
+    reads = []
+    forward = net.forward
+    monkeypatch.setattr(net, "forward", lambda ids, **more: reads.append(tuple(ids.shape)) or forward(ids, **more))
+    requests += [engine.submit(Request(ids, n, GREEDY)) for ids, n in zip(texts[5:], limits[5:], strict=True)]
+    engine.step()
+    assert reads == [(3, 19), (1, 5), (5, 1)]
+    finish(engine)
+    assert [request.new for request in requests] == generate(net, texts, limits)
+
+
 def test_a_long_prompt_is_read_in_pieces_beside_others():
     net = net_of()
     engine = Engine(net, 2, 120, piece=5)
@@ -255,6 +273,19 @@ def test_a_compiled_step_is_the_plain_one(changes, monkeypatch):
         assert steps[middle - 1] == steps[-1]
         for a, b in zip(steps[: middle - 1], steps[middle:-1], strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_models_of_one_shape_do_not_share_code():
+    nets = [net_of(), net_of()]
+    nets[1].init_weights(2).lm_head.weight.data.mul_(20)
+    texts = []
+    for net in (*nets, *nets):  # the first one's code again, when the second has been compiled
+        engine = Engine(net, 1, 60, compiled=True)
+        texts.append(engine.submit(Request([1, 2, 3], 10, GREEDY)))
+        finish(engine)
+    assert [request.new for request in texts] == 2 * [generate(net, [[1, 2, 3]], 10)[0] for net in nets]
+    assert texts[0].new != texts[1].new
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
