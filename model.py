@@ -1006,7 +1006,7 @@ def checked_fields(config: Config) -> dict:
         check_field(name, getattr(c, name))
     for name, known in CHOICES.items():
         check(getattr(c, name) in known, f"{name} is one of {', '.join(known)}; not {getattr(c, name)!r}.")
-    window = tuple(c.window if isinstance(c.window, (tuple, list)) else [c.window])
+    window, dense = (tuple(x if isinstance(x, (tuple, list)) else [x]) for x in (c.window, c.dense_layers))
     window *= c.n_layer if len(window) == 1 else 1  # one number serves all layers
     eos_id = tuple(c.eos_id) if isinstance(c.eos_id, list) else c.eos_id  # JSON knows lists only
     head_dim = c.nope_dim + (c.rope_dim or 0) if c.kv_rank else c.head_dim
@@ -1032,7 +1032,7 @@ def checked_fields(config: Config) -> dict:
         check(len(how[name]) == R // 2, f"{name} has to have {R // 2} numbers, one a pair.")
     check(len(window) in (0, c.n_layer), f"{len(window)} windows do not serve {c.n_layer} layers.")
     check(c.dropout < 1, f"dropout is {c.dropout}; it is a share, from 0 up to, not with, 1.")
-    return {"window": () if set(window) == {None} else window, "dense_layers": tuple(c.dense_layers),
+    return {"window": () if set(window) == {None} else window, "dense_layers": dense,
             "eos_id": eos_id, "head_dim": head_dim, "rope_theta": theta, "rope_scaling": tuple(how.items()),
             "qk_norm": c.qk_norm and not c.kv_rank}
 
@@ -1888,7 +1888,8 @@ def open_data(specs) -> tuple[list[Tokens], list[Tokens], list[float]]:
     check(specs, "--data names no folder.")
     for spec in specs:
         found = re.fullmatch(r"(.+?)(?::(\d*\.?\d+))?", spec)
-        check(found and float(found[2] or 1) > 0, f"--data {spec!r}: write FOLDER or FOLDER:WEIGHT, above 0.")
+        fine = found and 0 < float(found[2] or 1) < math.inf
+        check(fine, f"--data {spec!r}: write FOLDER or FOLDER:WEIGHT, above 0.")
         folder, weight = found.groups("1")
         check(Path(folder).is_dir(), f"There is no data folder {folder}: tokenize.py prepare makes one.")
         folders.append(folder)
@@ -2325,6 +2326,9 @@ def open_run(o: RunOptions) -> dict:
 def check_out(out: Path, overwrite: bool, *read: str | Path | None) -> None:
     """Refuse to lose what exists: a run's folder needs --overwrite, anything else is never written into, nor
     is a folder that is read."""
+    name = str(out)
+    check("\0" not in name and name == name.encode(errors="ignore").decode(),
+          f"{out} is not UTF-8, which the files of weights want of a name: choose another --out.")
     finish_save(out)
     check(out.resolve() not in [Path(folder).resolve() for folder in read if folder],
           f"{out} is what it begins with, and would be replaced: choose another folder to write.")

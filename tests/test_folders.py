@@ -861,6 +861,6 @@ def test_a_meta_of_unexpected_shape_is_a_sentence(key, value, tmp_path):
 
 
 def test_a_source_is_a_folder_with_a_weight(tmp_path):
-    for spec in ("", ":1", "x:0", "x:"):
+    for spec in ("", ":1", "x:0", "x:", f"x:{'9' * 400}"):
         with pytest.raises(UserError):
             octavo.open_data([spec])

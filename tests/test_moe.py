@@ -150,6 +150,7 @@ REFUSED = [
     ({"n_group": 3}, "do not go into 3 groups"),
     ({"n_group": 4, "topk_group": 1, "n_expert_active": 3}, "2 are open"),
     ({"dense_layers": (0, 1)}, "no layer to the experts"),
+    ({"n_layer": 1, "dense_layers": 0}, "no layer to the experts"),
     ({"router": "tanh"}, "not by 'tanh'"),
     ({"balance": "luck"}, "not 'luck'"),
     ({"balance": "bias"}, "use balance=loss"),

@@ -873,6 +873,9 @@ def test_overwrite_begins_again(data, tmp_path):
     assert saved_state(run)["options"]["seed"] == 1
     assert (run / "mine.txt").read_text() == "a note"
     free = {"preset": "micro", "n_layer": None, "n_embd": None, "set": []}
+    for name in ("\udcff", "\0"):
+        with pytest.raises(UserError, match="not UTF-8"):
+            train.train(options(data, tmp_path / name))
     with pytest.raises(UserError, match="what it begins with"):
         train.train(options(data, run, init=str(run / "."), overwrite=True, **free))
 
