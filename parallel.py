@@ -643,19 +643,7 @@ def communication(config: Config, N: int, layout: Layout, recompute=False, e=2, 
     layers = c.n_layer / pp
     low = e * N * c.n_embd
     if tp > 1:
-        # (a block that is computed again also sends its first half again)
-        sent = m * ((4 + recompute) * layers + 2 * sparse * bool(c.n_expert_shared))
-        whole = m * 4 * N * c.n_embd / pp  # float32 at either end of the model
-        # three numbers a token for the loss, and the gradient of what the output matrix reads
-        rows.append(("all_reduce", "tensor", m * (3 * 4 * N + low) / pp))
-        # the gradient of the weights that a router gives its experts
-        rows.append(("all_reduce", "tensor", m * sparse * 4 * N * c.n_expert_active))
-        if layout.sequence:  # (to be computed again, what was split is gathered again)
-            gathered = sent + m * (1 / pp + layers * recompute)
-            rows.append(("all_gather", "tensor", gathered * low + whole))
-            rows.append(("reduce_scatter", "tensor", sent * low + whole))
-        else:
-            rows.append(("all_reduce", "tensor", sent * low + whole))
+        rows += tensor_communication(c, N, layout, recompute, e, m)
     if pp > 1:
         hidden = 4 * N * c.n_embd / (tp if layout.sequence else 1)  # the residual stream is float32
         rows.append(("send", "pipeline", 2 * m * (layout.stages - 1) / pp * hidden))
@@ -688,6 +676,26 @@ def communication(config: Config, N: int, layout: Layout, recompute=False, e=2, 
             rows.append(("all_gather", "shard", whole))
         rows.append(("broadcast", "shard" if layout.zero else "tensor", whole))
     return [row for row in rows if row[2]]
+
+def tensor_communication(c: Config, N: int, layout: Layout, recompute, e, m) -> list[tuple]:
+    """List what tensor parallelism sends of it."""
+    layers = c.n_layer / layout.pp
+    sparse = sum(map(c.is_sparse, range(c.n_layer))) / layout.pp
+    low = e * N * c.n_embd
+    # (a block that is computed again also sends its first half again)
+    sent = m * ((4 + recompute) * layers + 2 * sparse * bool(c.n_expert_shared))
+    whole = m * 4 * N * c.n_embd / layout.pp  # float32 at either end of the model
+    rows = [
+        # three numbers a token for the loss, and the gradient of what the output matrix reads
+        ("all_reduce", "tensor", m * (3 * 4 * N + low) / layout.pp),
+        # the gradient of the weights that a router gives its experts
+        ("all_reduce", "tensor", m * sparse * 4 * N * c.n_expert_active),
+    ]
+    if not layout.sequence:
+        return [*rows, ("all_reduce", "tensor", sent * low + whole)]
+    gathered = sent + m * (1 / layout.pp + layers * recompute)  # to be computed again, gathered again
+    return [*rows, ("all_gather", "tensor", gathered * low + whole),
+            ("reduce_scatter", "tensor", sent * low + whole)]
 
 @dataclass(frozen=True)
 class Machine:
@@ -1434,10 +1442,10 @@ class CommunicationCounter(TorchDispatchMode):
             entry[1] += max(t.nbytes for t in tensors)
         return result
 
-def show_communication(sent: CommunicationCounter, formulas: list[tuple]) -> None:
-    """Print what a step has sent, the mean of all ranks, beside the formulas."""
+def show_communication(sent: CommunicationCounter, *step) -> None:
+    """Print what a step has sent, the mean of all ranks, beside the formulas; step: see `communication`."""
     planned = {}
-    for name, axis, size in formulas:
+    for name, axis, size in communication(*step):
         planned.setdefault(name, []).append((axis, size))
     say("A step sends (mean of the ranks; bytes of whole tensors), and by formula:")
     for name in dict.fromkeys(CommunicationCounter.NAMES.values()):
@@ -1724,9 +1732,8 @@ def train(o: Options) -> dict:
 
     # 2. What a step needs, and what surrounds it
     grid, model, forward, optimizer = open_model(o, config, layout, ranks, m)
-    # ranks that split one model read the same tokens
-    part = grid.data, layout.dp
-    batches = Batches(sources, weights, o, config.seq_len, ranks.device, *part, saved.get("taken"))
+    batches = Batches(sources, weights, o, config.seq_len, ranks.device, grid.data, layout.dp,
+                      saved.get("taken"))  # (ranks that split one model read the same tokens)
     tokenizer = Path(o.resume or o.init or sources[0].folder, "tokenizer.json")  # its folder's template too
     saver = Saver(o.out, model, optimizer, tokenizer)
     moe = load_moe() if config.n_expert else None
@@ -1752,22 +1759,20 @@ def train(o: Options) -> dict:
             second = step == min(saved.get("at", 0) + 1, o.max_steps - 1)
             sent = CommunicationCounter() if second and o.count_communication else contextlib.nullcontext()
             with sent:
-                parts = micro_batches, targets, windows
-                loss, aux = gradients_of_step(forward, model, grid, *parts, run.scale)
+                of_step = micro_batches, targets, windows, run.scale
+                loss, aux = gradients_of_step(forward, model, grid, *of_step)
             if second and shown:
                 show_schedule(forward)
             grad_norm = clip_gradients(model, grid, o.grad_clip, run.scale)
             loss, aux = sum_over_ranks(loss / layout.tp), sum_over_ranks(aux / layout.tp)
-            routing = moe.routing_record(aux, config) if moe else {}
-            tokens = windows * config.seq_len
+            facts = {"tokens": o.tokens_per_step} | (moe.routing_record(aux, config) if moe else {})
             with sent:
-                updated = run.update(optimizer, lr, loss=loss, grad_norm=grad_norm, tokens=tokens, **routing)
+                updated = run.update(optimizer, lr, loss=loss, grad_norm=grad_norm, **facts)
             if updated and moe:
                 moe.shift_bias(model, aux)
             if second and o.count_communication:
-                B, T = micro_batches[0][0].shape
-                costs = layout, o.recompute, model_dtype(model).itemsize, m
-                show_communication(sent, communication(config, B * T // layout.cp, *costs))
+                N = micro_batches[0][0].numel() // layout.cp
+                show_communication(sent, config, N, layout, o.recompute, model_dtype(model).itemsize, m)
             saver.finish(wait=False)
     say(f"Done: {o.out} opens in transformers, and train.py --resume goes on with it "
         f"({time.perf_counter() - START:.1f} s, {run.eval_seconds:.1f} of them evaluation).")
