@@ -635,7 +635,7 @@ class RowCache(Cache):
                       for shape in shapes]
 
     def part(self, rows: slice | list[int], span: int, ragged: bool = True) -> "RowCache":
-        """View these rows (of a list: copy them) and their first `span` slots. ragged: do positions differ?"""
+        """View these rows (a list of rows: copy them) and their first `span` slots. ragged: unequal positions."""
         part = copy.copy(self)
         part.k, part.v = ([x[rows, :, :span] for x in layers] for layers in self.whole)
         part.positions = torch.arange(span, device=part.k[0].device).expand(len(part.k[0]), span)
@@ -856,7 +856,7 @@ class Engine:
                       if request and request.unread > 1}
             if not counts:
                 return
-            longest = max(counts.values())  # those that are half as long, or longer, are read beside it
+            longest = max(counts.values())  # beside it those are read that are half as long, or longer
             together = [row for row, count in counts.items() if 2 * count >= longest]
             self.read({row: counts[row] for row in together[: budget // longest]})
             budget -= longest * len(together[: budget // longest])
