@@ -1449,7 +1449,8 @@ def from_disk(tensor, theirs: str, shapes: dict, config: Config, family: Family)
     tensor = tensor.T if is_transposed(theirs, family) and tensor.dim() == 2 else tensor
     rows = [shape[0] for shape in shapes.values()]
     first = next(iter(shapes.values()))
-    if not tensor.is_floating_point() or tuple(tensor.shape) != (sum(rows), *first[1:]):
+    wide = tensor.is_floating_point() and tensor.dtype.itemsize > 1  # (fp8 has scales beside it)
+    if not wide or tuple(tensor.shape) != (sum(rows), *first[1:]):
         return None
     parts = dict(zip(shapes, tensor.split(rows), strict=True))
     if len(parts) > 1 or not tensor.is_contiguous():  # a part would keep the whole alive
@@ -1531,7 +1532,7 @@ def finish_save(folder: str | Path) -> None:
         for name in record["remove"]:
             clear(folder / name)
         journal.unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"The save into {folder} could not be finished ({error}).") from None
     with contextlib.suppress(OSError):
         journal.parent.rmdir()  # a data folder keeps no state
@@ -1725,7 +1726,7 @@ def load_model(folder: str | Path, device="cpu", dtype=None, quantizer=None) -> 
             shapes = {ours: tuple(expected[ours].shape) for ours in plan[theirs]}
             parts = from_disk(tensor, theirs, shapes, config, family)
             check(parts, f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, not floats of "
-                  f"{', '.join(map(str, shapes.values()))}.")
+                  f"{', '.join(map(str, shapes.values()))}, 16 bits or wider.")
             again = parts.keys() & found.keys()
             check(not again, f"{path} holds {name} once more: which of the files are the weights?")
             for ours, part in parts.items():  # the routers' biases decide near ties: they stay float32

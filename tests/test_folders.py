@@ -323,6 +323,9 @@ def test_a_journal_that_cannot_be_read_is_a_sentence(text, saved):
     (saved / "state" / "commit.json").write_text(text)
     with pytest.raises(UserError, match=r"commit.json \w+"):
         load_model(saved)
+    (saved / "state" / "commit.json").write_text('{"ready": ["a\\u0000b"], "remove": []}')
+    with pytest.raises(UserError, match="could not be finished"):
+        load_model(saved)
 
 
 @pytest.mark.parametrize("when", ["before", "half"])
@@ -484,7 +487,7 @@ def test_one_file_wins_over_shards_and_other_weights_beside_it(saved):
     assert same(load_model(saved), make())
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
 def test_weights_that_are_no_floats_are_a_sentence(dtype, saved):
     damage(saved, lambda t: t.update({UP: torch.zeros(24, 16, dtype=dtype)}))
     with pytest.raises(UserError, match="not floats"):
