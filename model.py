@@ -1892,7 +1892,8 @@ def open_data(specs) -> tuple[list[Tokens], list[Tokens], list[float]]:
         fine = found and 0 < float(found[2] or 1) < math.inf
         check(fine, f"--data {spec!r}: write FOLDER or FOLDER:WEIGHT, above 0.")
         folder, weight = found.groups("1")
-        check(Path(folder).is_dir(), f"There is no data folder {folder}: tokenize.py prepare makes one.")
+        check(Path(folder).is_dir(), f"There is no data folder {folder}: name it with --data; tokenize.py "
+              "prepare makes one.")
         folders.append(folder)
         weights.append(float(weight))
     check(len({read_tokenizer(f"{folder}/tokenizer.json") for folder in folders}) == 1,
