@@ -1149,9 +1149,8 @@ class Writer:
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
-def pieces(tokens: Iterable[int], tokenizer, stop, ids: list[int], stops=()) -> Iterator[str]:
+def pieces(tokens: Iterable[int], writer: Writer, ids: list[int]) -> Iterator[str]:
     """Yield the text of each token as it comes, and put the token into `ids`; a stop token has no text."""
-    writer = Writer(tokenizer, stop, stops)
     for token in tokens:
         ids.append(token)
         yield writer.add([token])
@@ -1225,7 +1224,7 @@ def talk(model, tokenizer, max_new_tokens: int, pick, stop: set, step: Step | No
         try:
             left = min(max_new_tokens, model.config.seq_len - len(ids))
             tokens = stream(reader, reader.read_text(ids), left, pick, stop)
-            write(pieces(tokens, tokenizer, stop, new))
+            write(pieces(tokens, Writer(tokenizer, stop), new))
         except KeyboardInterrupt:
             pass  # what was written so far is the answer
         if sys.stderr.isatty():
@@ -1498,14 +1497,15 @@ def print_samples(o: Options, model, tokenizer, text: str, ids: list[int], stop:
             if o.logprobs:
                 pick = partial(pick_and_report, pick, reports, tokenizer.n_vocab)
             tokens = stream(reader, logits, o.max_new_tokens, pick, stop)
-        texts = pieces(tokens, tokenizer, stop, new, o.stop or ())
+        writer = Writer(tokenizer, stop, o.stop or ())
+        texts = pieces(tokens, writer, new)
         start = time.perf_counter()
         written = "".join(texts) if o.json else write(itertools.chain([text], texts))
         # a token is one pass over the weights; that of the first one was the prefill
         speed = (len(new) - 1) / (time.perf_counter() - start) if len(new) > 1 else None
         proposed, kept = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
         if o.json:
-            ended = new[-1] in stop or len(new) < o.max_new_tokens
+            ended = writer.ended or new[-1] in stop
             facts = {"text": written, "ids": {"prompt": ids, "continuation": new}, "seed": o.seed + i,
                      "finish_reason": "stop" if ended else "length",
                      "prefill_ms": round(prefill, 3), "tok_per_s": speed and round(speed, 2)}
@@ -1636,8 +1636,9 @@ FIELDS = {"model": (str, None, None), "stream": (bool, None, False), "stream_opt
           "temperature": (float, (0, 100), 1.0), "top_p": (float, (0, 1), 1.0),
           "top_k": (int, (1, 2**31), None),
           "min_p": (float, (0, 1), None), "repetition_penalty": (float, (0.01, 100), 1.0),
-          "seed": (int, (0, 2**63 - 1), None), "n": (int, (1, 16), 1), "stop": ((str, list), None, []),
-          "user": (str, None, None), "metadata": (dict, None, None), "store": (bool, None, None)}
+          "seed": (int, (-2**63, 2**63 - 1), None), "n": (int, (1, 16), 1), "stop": ((str, list), None, []),
+          "user": (str, None, None), "metadata": (dict, None, None), "store": (bool, None, None),
+          "parallel_tool_calls": (bool, None, None)}
 CHAT_FIELDS = {"messages": (list, None, None), "logprobs": (bool, None, False),
                "top_logprobs": (int, (0, 20), 0)}
 TEXT_FIELDS = {"prompt": ((str, list), None, ""), "logprobs": (int, (0, 5), None)}
@@ -1746,7 +1747,8 @@ class Service:
         texts = [ids for ids in prompts for _ in range(fields["n"])]
         if len(texts) > self.o.waiting:
             raise ApiError(f"{len(texts)} texts are more than {self.o.waiting}.", param="n")
-        return [Request(ids, limit, choice, seed + i, self.stop, logprobs) for i, ids in enumerate(texts)]
+        return [Request(ids, limit, choice, (seed + i) % 2**63, self.stop, logprobs)
+                for i, ids in enumerate(texts)]
 
     def read_prompts(self, prompt) -> list[list[int]]:
         """Encode a text, texts, ids or lists of ids."""
@@ -1900,7 +1902,7 @@ class Handler(BaseHTTPRequestHandler):
         name = f"{'chatcmpl' if chat else 'cmpl'}-{os.urandom(12).hex()}"
         return {"id": name, "object": kind, "created": int(time.time()), "model": self.service.name}
 
-    def logprobs_of(self, request: Request, chat: bool, first: int = 0, end: int | None = None):
+    def logprobs_of(self, request: Request, chat: bool, first: int, end: int):
         """Report the log-probabilities of some new tokens as the API does; None where nobody asked."""
         if request.logprobs is None:
             return None
@@ -1915,10 +1917,11 @@ class Handler(BaseHTTPRequestHandler):
         if chat:
             return {"content": [entry(r["id"], r["logprob"])
                                 | {"top_logprobs": [entry(*one) for one in r["top"]]} for r in reports]}
-        texts = [name(r["id"]).decode("utf-8", "replace") for r in reports]
+        texts = [name(r["id"]).decode("utf-8", "replace") for r in request.reports]
+        offsets = list(itertools.accumulate(map(len, texts), initial=0))
         tops = [{name(i).decode("utf-8", "replace"): p for i, p in r["top"]} for r in reports]
-        return {"tokens": texts, "token_logprobs": [r["logprob"] for r in reports], "top_logprobs": tops,
-                "text_offset": list(itertools.accumulate(map(len, texts[:-1]), initial=0))}
+        return {"tokens": texts[first:end], "token_logprobs": [r["logprob"] for r in reports], "top_logprobs": tops,
+                "text_offset": offsets[first:end]}
 
     def usage(self, requests: list[Request], told: list[int], n: int) -> dict:
         """Count the tokens of a request: a prompt once, however many answers it has; told: of the answers."""
@@ -2043,7 +2046,8 @@ async function send() {
   } catch (error) {
     if (error.name !== 'AbortError') add('error', error.message)
   }
-  messages.push({role: 'assistant', content: p.textContent})
+  if (p.textContent) messages.push({role: 'assistant', content: p.textContent})
+  else messages.pop()  // what was not answered was not said
   running = null
   $('#stop').disabled = true
 }

@@ -20,7 +20,7 @@ from conftest import ROOT, command, refusal
 from safetensors.torch import load_file, save_file
 
 import sample as sampling
-from sample import Reader, draw, fill, keep_top_k, keep_top_p, newest_checkpoint, pieces, sample, stream, write
+from sample import Reader, Writer, draw, fill, keep_top_k, keep_top_p, newest_checkpoint, pieces, sample, stream, write
 
 PROMPT = "def größe(x): 日本"
 
@@ -194,11 +194,11 @@ def test_never_half_a_character(vocab, capsys):
     ids = tokenizer.encode("aé日🎉b")
     assert len(ids) > 5  # characters in pieces
     new = []
-    texts = list(pieces(iter([*ids, tokenizer.eot_id]), tokenizer, {tokenizer.eot_id}, new))
+    texts = list(pieces(iter([*ids, tokenizer.eot_id]), Writer(tokenizer, {tokenizer.eot_id}), new))
     assert "".join(texts) == "aé日🎉b" and new == [*ids, tokenizer.eot_id]
     assert sum(map(bool, texts)) >= 5  # streamed, not held back to the end
     broken = tokenizer.encode("日")[:1] + tokenizer.encode("x")
-    assert "".join(pieces(broken, tokenizer, set(), [])) == tokenizer.decode(broken) == "\ufffdx"
+    assert "".join(pieces(broken, Writer(tokenizer), [])) == tokenizer.decode(broken) == "\ufffdx"
 
     def slow():
         yield "a"

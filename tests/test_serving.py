@@ -103,6 +103,10 @@ def test_stop_ends_the_text(folder, capsys):  # noqa: F811
     middle = plain["text"][8:11]
     [cut] = run(capsys, folder, prompt="a", seed=1, stop=[middle])
     assert cut["text"] == plain["text"][: plain["text"].index(middle)] and cut["finish_reason"] == "stop"
+    tokenizer = load_tokenizer(folder)
+    last = next(n for n in range(1, 99) if middle in tokenizer.decode(plain["ids"]["continuation"][:n]))
+    [cut] = run(capsys, folder, prompt="a", seed=1, stop=[middle], max_new_tokens=last)
+    assert cut["finish_reason"] == "stop"  # also when the last token that was allowed completes it
 
 
 # --- the engine ---
@@ -602,8 +606,15 @@ def test_openai_client(server):
         usage = event.usage or usage
     assert "".join(parts) == text and usage == whole.usage and len(parts) > 1
     completion = client.completions.create(model="tiny", prompt="def a", max_tokens=10, temperature=0)
-    streamed = client.completions.create(model="tiny", prompt="def a", max_tokens=10, temperature=0, stream=True)
-    assert "".join(event.choices[0].text for event in streamed) == completion.choices[0].text
+    same = dict(model="tiny", prompt="def a", temperature=0, logprobs=0)
+    whole = client.completions.create(**same, max_tokens=200).choices[0]
+    streamed = list(client.completions.create(**same, max_tokens=200, stream=True))
+    assert "".join(event.choices[0].text for event in streamed) == whole.text
+    assert whole.text.startswith(completion.choices[0].text) and len(streamed) > 2
+    offsets = [place for event in streamed for place in event.choices[0].logprobs.text_offset]
+    assert offsets == whole.logprobs.text_offset and offsets == sorted(offsets)
+    more |= {"seed": -1, "extra_body": {"parallel_tool_calls": True}}  # both are the API's
+    assert client.chat.completions.create(**more).choices[0].message.content == text
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.completions.create(model="gpt-4", prompt="a")
     with pytest.raises(openai.BadRequestError, match="context"):
