@@ -635,7 +635,7 @@ class RowCache(Cache):
                       for shape in shapes]
 
     def part(self, rows: slice | list[int], span: int, ragged: bool = True) -> "RowCache":
-        """View these rows (a list of rows: copy them) and their first `span` slots. ragged: unequal positions."""
+        """View these rows' first `span` slots; a list of rows is copied. ragged: unequal positions."""
         part = copy.copy(self)
         part.k, part.v = ([x[rows, :, :span] for x in layers] for layers in self.whole)
         part.positions = torch.arange(span, device=part.k[0].device).expand(len(part.k[0]), span)
@@ -1920,8 +1920,8 @@ class Handler(BaseHTTPRequestHandler):
         texts = [name(r["id"]).decode("utf-8", "replace") for r in request.reports]
         offsets = list(itertools.accumulate(map(len, texts), initial=0))
         tops = [{name(i).decode("utf-8", "replace"): p for i, p in r["top"]} for r in reports]
-        return {"tokens": texts[first:end], "token_logprobs": [r["logprob"] for r in reports], "top_logprobs": tops,
-                "text_offset": offsets[first:end]}
+        return {"tokens": texts[first:end], "token_logprobs": [r["logprob"] for r in reports],
+                "top_logprobs": tops, "text_offset": offsets[first:end]}
 
     def usage(self, requests: list[Request], told: list[int], n: int) -> dict:
         """Count the tokens of a request: a prompt once, however many answers it has; told: of the answers."""
