@@ -613,7 +613,7 @@ def draw(panels: dict[str, dict[str, tuple]], path: Path, over: str = "step") ->
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120, bbox_inches="tight")
-    except (OSError, ValueError) as error:  # no room, no file of this name, no picture of this kind
+    except (OSError, ValueError, TypeError) as error:  # no room, no such name, no picture of this kind
         raise UserError(f"{path} could not be drawn ({error}): choose another file.") from None
     say(f"{path} written.")
 

@@ -315,12 +315,6 @@ class MLP(nn.Module):
             return self.down_proj(self.act(self.up_proj(x)))
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
-def load_moe():
-    """Open the door to moe.py, which only a config with experts does."""
-    import moe
-
-    return moe
-
 # Columns of `aux`, a row for each layer: what it adds to the loss, and what its router did; then E loads.
 AUX = ("aux_loss", "balance_loss", "z_loss", "dropped", "router_entropy")
 
@@ -1582,6 +1576,12 @@ def load_tokenize():
         module = sys.modules["octavo_tokenize"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return module
+
+def load_moe():
+    """Open the door to moe.py, which only a config with experts does."""
+    import moe
+
+    return moe
 
 def load_tokenizer(folder: str | Path):
     """Load a folder's tokenizer."""

@@ -46,9 +46,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Annotated
 
+sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves this folder out
 from model import (  # before torch: it says how OpenMP's threads wait
     Cache, Config, Head, Linear, Tokens, Transformer, UserError, apply_rope, check, checkpoint_files, command,
-    console, count_weights, evaluate, find_checkpoint, greedy, is_compiled_on_cpu, is_compiled_row,
+    count_weights, evaluate, find_checkpoint, greedy, is_compiled_on_cpu, is_compiled_row,
     load_config, load_model, load_tokenizer, multiply_row, opt, pick_device, pick_dtype, progress,
     quantized_kind, read_json, reading, render, rope_angles, rope_frequencies, round_up, run_app, save_files,
     say,
@@ -1475,7 +1476,7 @@ def print_samples(o: Options, model, tokenizer, text: str, ids: list[int], stop:
     prefill = (time.perf_counter() - start) * 1e3  # milliseconds
     for i in range(o.num_samples):
         if o.num_samples > 1 and not o.json:
-            console().rule(f"{i + 1} of {o.num_samples}", style="dim")
+            say(f"--- {i + 1} of {o.num_samples} ---", style="dim")
         if i and reader.rolls:  # the prompt may have left the window
             logits = reader.read_text(ids)
         else:
