@@ -361,8 +361,7 @@ def train_wordpiece(words: dict, n_merges: int, n_units: int, watch=iter) -> lis
     """Learn the merges of `train_plain(..., wordpiece=True)`, fast.
 
     A pair's score changes with its parts, too: then it goes into the heap once more, and what is there with
-    an old score is passed over.
-    """
+    an old score is passed over."""
     row = Row(words, n_units)
     tokens = count_units(words.items())
     around = defaultdict(set)  # id -> its pairs
@@ -411,8 +410,7 @@ class Lattice:
 
     The words stand in one row, a gap after each. An edge leads from the place of a piece's first character to
     the place after its last. All edges that end at one distance from the beginnings of their words are a
-    level, and are taken at once: a pass has as many steps as the longest word has characters.
-    """
+    level, and are taken at once: a pass has as many steps as the longest word has characters."""
 
     def __init__(self, words: list[str], weights):
         self.words = words
@@ -426,8 +424,7 @@ class Lattice:
         """List all characters, then the substrings with the most occurrences times length; make the edges.
 
         Substrings of length k are those of length k - 1 and one character more: a number for each, at each
-        place, by one sort a length. What occurs once cannot occur twice when it is longer.
-        """
+        place, by one sort a length. What occurs once cannot occur twice when it is longer."""
         text = "".join(f"{word}\0" for word in self.words)
         codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
         weights = self.weights[self.word]
@@ -490,8 +487,7 @@ def train_unigram(words: dict, size: int, watch=iter) -> dict:
     that the text misses least, until `size` are left -> {piece: log p}. All characters stay.
 
     The text of each piece stands in the lattice beside the words, with weight zero: without the piece it
-    would be cut otherwise, with probability p(text) - p(piece), and that is what its loss is measured by.
-    """
+    would be cut otherwise, with probability p(text) - p(piece), and that is what its loss is measured by."""
     seeds = Lattice([*words], [*words.values()]).find_pieces(MAX_PIECE_CHARS, SEED_FACTOR * size)
     n_chars = sum(len(piece) == 1 for piece in seeds)
     size = min(max(size, n_chars), len(seeds))
@@ -527,8 +523,7 @@ def train_unigram(words: dict, size: int, watch=iter) -> dict:
 def viterbi(text: str, logp: dict, longest: int, unknown: float) -> list[str]:
     """Cut a text into the pieces whose log p add up to most; of equal ways the one with the longest last.
 
-    A character that is no piece costs `unknown`.
-    """
+    A character that is no piece costs `unknown`."""
     best = [0.0] + [-math.inf] * len(text)
     came = [0] * (len(text) + 1)
     for i in range(len(text)):
@@ -908,8 +903,7 @@ def tiktoken_merges(ranks: dict, pattern: str):
 def chars_codec(spec: dict):
     """Read BPE on characters; tiktoken merges here too: first the bytes of each character, then as listed.
 
-    A character without an id is written as the ids of its bytes, or as the unknown token.
-    """
+    A character without an id is written as the ids of its bytes, or as the unknown token."""
     model = spec["model"]
     vocab = model["vocab"]
     chars = [name for name in vocab if len(name) == 1]
@@ -1033,8 +1027,7 @@ def read_merges(spec: dict, alphabet: list[str]) -> list[str]:
     """List the alphabet and what the merges make of it, in the order of their ranks.
 
     A tokenizer.json ranks pairs, tiktoken ranks tokens. The ids are the same if each token, spelled in the
-    alphabet and merged by those before it, ends as a pair that is listed for it.
-    """
+    alphabet and merged by those before it, ends as a pair that is listed for it."""
     vocab = spec["model"]["vocab"]
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in spec["model"]["merges"]]
     made = [name for name, _ in groupby(a + b for a, b in pairs)]  # several pairs may make one token
@@ -1216,8 +1209,7 @@ class Tokenizer:
     names: {"eos_token": text, ...} as the folder says, those that the vocabulary has.
     chat_template: the folder's own, ChatML where it has none and the tokens are there, or None.
     eot_id, pad_id, mask_id, im_start_id, im_end_id (the end of a turn in another format): ids, or None.
-    token_bytes: the bytes of each id, n_vocab of them.
-    """
+    token_bytes: the bytes of each id, n_vocab of them."""
 
     def __init__(self, spec: dict):
         self.spec = spec
@@ -1381,8 +1373,7 @@ class Tokenizer:
         of the assistant's turn. Content is ordinary text: a user who writes <|im_end|> ends nothing. What
         stands between contents is encoded apart from them, so a prompt is always how its answer's
         conversation begins; where content begins with white space that the tokenizer would join to the
-        header's line break, the ids are not those of the whole text encoded at once.
-        """
+        header's line break, the ids are not those of the whole text encoded at once."""
         check(self.chat_template, "This tokenizer was not made for conversations: no chat template.")
         ids = []
         own = []
@@ -1399,8 +1390,7 @@ class Tokenizer:
         """Spell a conversation -> (text, or the id of a special token; did the assistant write it?).
 
         The template is asked with a mark in the place of each content: so what stands between them is known,
-        and special tokens are found there only.
-        """
+        and special tokens are found there only."""
         from jinja2 import TemplateError
 
         whole = all(isinstance(m.get(key), str) for m in messages for key in ("role", "content"))
@@ -1506,8 +1496,7 @@ def train_tokenizer(texts, algorithm="bpe", vocab_size=4096, pattern="gpt4", nor
                     special=(), chat="chatml"):
     """Learn a tokenizer from texts, an iterable that is read once -> it, how many tokens it makes of them.
 
-    special: tokens beside the usual ones. chat: the format of conversations, whose tokens it gets.
-    """
+    special: tokens beside the usual ones. chat: the format of conversations, whose tokens it gets."""
     names = tuple(dict.fromkeys((*SPECIAL, *CHAT_FORMATS[chat][1], *special)))
     learn = {"bpe": learn_bpe, "byte": learn_bytes, "char": learn_chars, "wordpiece": learn_wordpiece,
              "spm-bpe": learn_sentencepiece, "unigram": learn_sentencepiece}[algorithm]
@@ -1640,8 +1629,7 @@ def find_files(inputs: list[str]) -> list:
 def walk(folder: Path, skipped=r"^\.") -> list[str]:
     """List what is below a folder, without what matches `skipped`; there, a folder's name ends in a slash.
 
-    Folders that are links, hold earlier output or cannot be opened are listed too: to be counted.
-    """
+    Folders that are links, hold earlier output or cannot be opened are listed too: to be counted."""
     names = []
     closed = []
     for root, folders, files in os.walk(folder, onerror=closed.append):
@@ -1674,8 +1662,7 @@ def read_lines(path: Path, lines):
 def read_records(path: Path, file, field: str):
     """Yield one field of each object of a JSON file: one a line, or one array or object in all.
 
-    Lines are read one by one; what is no line of its own is held whole.
-    """
+    Lines are read one by one; what is no line of its own is held whole."""
     rows = read_lines(path, file)
     first = None
     with contextlib.suppress(UserError):
@@ -1716,8 +1703,7 @@ def unpack(path: Path, file):
 def read_contents(files: list, field: str, hashes: list):
     """Yield (source, name, named, data, reason, bytes read) of each document in files; hash each file.
 
-    reason: why there is no document where one could have been, or None.
-    """
+    reason: why there is no document where one could have been, or None."""
     for source, name, path, named in files:
         if not path.is_file():  # a pipe, a dead link, a link to a folder, a folder of earlier output
             yield source, name, False, b"", "not a file", 0
@@ -1822,8 +1808,7 @@ def read_documents(files: list, field: str, filters=None, output=None, seed=0, s
     """Read files: return Documents, {reason: what was dropped}, [source, name, hash] of each.
 
     A text file that the user named only has to be text, and what was asked for; all others, and the records
-    of every JSON file, pass all filters. Of equal texts one is kept. signed: MinHash is needed later.
-    """
+    of every JSON file, pass all filters. Of equal texts one is kept. signed: MinHash is needed later."""
     used = field == "text" or any(unpacked(path).suffix.lower() in JSON_FILES for _, _, path, _ in files)
     check(used, f"--field {field} is for JSON files, and there are none")
     filters = choose_filters([]) if filters is None else filters
@@ -1909,8 +1894,7 @@ def split_documents(documents: Documents, rows: np.ndarray, val_fraction: float)
 def mix_sources(documents: Documents, train: np.ndarray, weights: dict, sources: dict) -> np.ndarray:
     """Repeat or leave out training documents until the bytes of each source are its share of the mixture.
 
-    The whole stays as large as it was: of a source that gets twice its bytes, each document comes twice.
-    """
+    The whole stays as large as it was: of a source that gets twice its bytes, each document comes twice."""
     sizes = documents.sizes()[train]
     place = np.array(documents.source)[train]
     order = np.array(documents.order)[train]
@@ -1972,8 +1956,7 @@ def learn_language(name: str) -> tuple:
     """Learn which groups of letters are common in a language, "en" or a text in it, and their share there.
 
     On 99 languages, in messages of Django's of 200 letters, "en" keeps 3 of 2,014 that are not English and
-    24 of 27 that are; of 500 letters none and all.
-    """
+    24 of 27 that are; of 500 letters none and all."""
     english = {gram.replace("_", " ") for gram in ENGLISH.split()}
     if name == "en":
         return english, 0.25
@@ -2007,8 +1990,7 @@ def sign(text: str) -> bytes:
 
     The index is that of the sets of shingles, which are all runs of 5 words: how many are in both texts, of
     those that are in either. A number of the signature is the shingle that comes first in one random order of
-    all shingles: it is the same in two signatures if it is in both texts.
-    """
+    all shingles: it is the same in two signatures if it is in both texts."""
     words = hash_words(text)
     words = np.pad(words, (0, max(0, 5 - len(words))))
     random = np.frombuffer(hashlib.shake_128(b"shingles").digest(40 + 8 * HASHES), np.uint64)
@@ -2064,8 +2046,7 @@ def find_worst(documents: Documents, rows: np.ndarray, reference: str, share=0.1
     """Find the share of documents that is least like a reference text.
 
     A linear classifier, naive Bayes: the weight of a word or pair of words says how much likelier it is in
-    the reference than in the corpus (as in DSIR, Xie et al. 2023, 2302.03169). A text's score is the mean.
-    """
+    the reference than in the corpus (as in DSIR, Xie et al. 2023, 2302.03169). A text's score is the mean."""
     check(len(rows) >= 1 / share, f"--quality drops a share of {share}: {len(rows)} texts are too few for it")
     def hash_pairs(text: str) -> np.ndarray:
         words = hash_words(text).astype(np.int64)
@@ -2152,8 +2133,7 @@ def measure_tokenizer(tokenizer: Tokenizer, languages: dict, width: int) -> dict
 
     tokens_per_word: a word stands between spaces and has a letter; None where a script has no spaces.
     partial_or_unknown: the share of tokens that stand for a part of a character (SentencePiece calls it byte
-    fallback), or for an unknown one. Unknown words make a text short, and it is lost.
-    """
+    fallback), or for an unknown one. Unknown words make a text short, and it is lost."""
     rows = {}
     first = None
     for language, sentences in languages.items():
@@ -2195,8 +2175,7 @@ def train_small(data: Path, seconds: int) -> dict:
     """Train a small model for so many seconds; return its bits per byte on the validation text.
 
     The learning rate is constant over the first 60 % of a run. So the run is stopped at half time; by then it
-    is known which step the last one will be, and the run goes on to there.
-    """
+    is known which step the last one will be, and the run goes on to there."""
     log = data / "model" / "metrics.jsonl"
 
     def spent() -> list[float]:
@@ -2244,8 +2223,8 @@ def train(
     """Learn a tokenizer from text."""
     files = find_files(inputs)
     options = choose_tokenizer(None, algorithm, vocab_size, pattern, normalizer, coverage, special, chat)
-    ours = not output.exists() or (output.is_file() and b'"added_tokens"' in output.read_bytes())
-    check_output(output, ours, overwrite or not output.exists(), files)
+    ours = output.is_file() and b'"added_tokens"' in output.read_bytes()
+    check_output(output, output.exists(), ours, overwrite, files)
     beside = output.with_name(SETTINGS)
     free = overwrite or not beside.exists()
     check(free, f"{beside} belongs to another tokenizer: pass --overwrite to replace it, or another --output")
@@ -2308,8 +2287,7 @@ def report(
 ):
     """Compare tokenizers, or vocabulary sizes: languages, unused ids, a small model in equal time.
 
-    Without --input, a sweep and --train take what `prepare` takes: the sources of this Python.
-    """
+    Without --input, a sweep and --train take what `prepare` takes: the sources of this Python."""
     check(1 <= width <= 2**20, f"--width {width} is out of range: 1 to 2^20")
     check(0 <= seconds <= 10**6, f"--train {seconds} is out of range: seconds, 0 for none")
     check(tokenizers or sweep, "name a tokenizer.json, or sizes to learn: --sweep 512,1024,4096")
@@ -2440,8 +2418,8 @@ def check_folder(output: Path, overwrite: bool, files: list):
     left = {f"{name}.new" for name in (*DATA_FILES, SETTINGS, "commit.json")}
     there = any(not path.is_dir() and path.name not in left for path in output.resolve().rglob("*"))
     meta = output / "meta.json"
-    ours = not there or (meta.is_file() and b'"splits"' in meta.read_bytes())
-    check_output(output, ours, overwrite or not there, files)
+    ours = meta.is_file() and b'"splits"' in meta.read_bytes()
+    check_output(output, there, ours, overwrite, files)
 
 def read_weights(weights: list[str], sources: set) -> dict:
     """Read NAME=SHARE of every source."""
@@ -2459,8 +2437,7 @@ def read_weights(weights: list[str], sources: set) -> dict:
 def encode_documents(tok: Tokenizer, documents: Documents, rows: np.ndarray, split: str, meta: dict):
     """Encode a split as one row of ids, an end-of-text after each document; add its counts to meta.
 
-    Returns a function that writes the ids to a path.
-    """
+    Returns a function that writes the ids to a path."""
     for count in (meta["splits"], *meta["sources"].values()):
         count[split] = {"documents": 0, "tokens": 0, "bytes": 0}
     dtype = np.dtype(meta["dtype"]).newbyteorder("<")
@@ -2540,17 +2517,19 @@ def choose_tokenizer(tokenizer: Path | None, algorithm, vocab_size, pattern, nor
           f"--vocab-size {vocab_size} is out of range: at least {least}, below 2^24")
     printable = all(name.strip() and name.isprintable() for name in special)
     check(printable, "--special has to be a printable text")
-    return {"tokenizer": tokenizer} if tokenizer else options
+    return options
 
-def check_output(output: Path, ours: bool, free: bool, files: list):
+def check_output(output: Path, there: bool, ours: bool, overwrite: bool, files: list):
     """Refuse, before any work, an output that would replace what has to stay."""
     target = output.resolve()
     for _, _, path, _ in files:
         place = path.resolve()
         kept = target not in (place, *place.parents) or path.is_dir()
         check(kept, f"{path} is input, so it has to stay: choose another --output")
-    check(ours, f"{output} is not empty, and is no data folder or tokenizer of ours: choose another --output")
-    check(free, f"{output} exists: pass --overwrite to replace it, or another --output")
+    if there:
+        check(ours, f"{output} is not empty, and is no data folder or tokenizer of ours: "
+              "choose another --output")
+        check(overwrite, f"{output} exists: pass --overwrite to replace it, or another --output")
 
 def main():
     """Run the command that the user typed; print an error as one sentence."""
