@@ -668,14 +668,16 @@ def cut_out(text: str, matches, label) -> list[tuple]:
     parts = []
     end = 0
     for match in matches:
-        parts += [(text[end : match.start()], None), (match.group(), label(match))]
-        end = match.end()
+        start, stop = match.span()
+        if stop > start:
+            parts += [(text[end:start], None), (text[start:stop], label(match))]
+            end = stop
     return [part for part in (*parts, (text[end:], None)) if part[0]]
 
 # Does a part join the one before? Each of the two was found by the pattern, or lies between.
 BEHAVIORS = {
-    "Isolated": lambda before, found: False,
-    "Removed": lambda before, found: False,
+    "Isolated": None,
+    "Removed": None,
     "MergedWithPrevious": lambda before, found: found and not before,
     "MergedWithNext": lambda before, found: before and not found,
     "Contiguous": lambda before, found: before == found,
@@ -689,9 +691,9 @@ def split_at(pattern: str, behavior: str = "Isolated", invert: bool = False):
     def cut(text: str) -> list[str]:
         pieces = []
         before = None
-        for part, found in cut_out(text, filter(regex.Match.group, find(text)), lambda match: True):
+        for part, found in cut_out(text, find(text), bool):
             found = bool(found) != invert
-            if before is not None and joins(before, found):
+            if joins and pieces and joins(before, found):
                 pieces[-1] += part
             elif behavior != "Removed" or not found:
                 pieces.append(part)
@@ -915,15 +917,22 @@ def chars_codec(spec: dict):
     for name in names[len(chars) :]:
         ranks.setdefault(name.encode(), len(ranks))
     parts = list(ranks)
-    known = {name.encode(): vocab[name] for name in names}
-    ids = np.array([known.get(part, -1) for part in parts])
+    spelled = {name.encode(): vocab[name] for name in names}
+    ids = np.array([spelled.get(part, -1) for part in parts])
     merge_text = tiktoken_merges(ranks, cut_pattern(names))
 
-    def encode(text: str):
+    def encode(text: str) -> np.ndarray:
         found = merge_text(text)
-        if (ids[found] >= 0).all():
+        unknown = ids[found] < 0
+        if not unknown.any():
             return ids[found]
-        return number_parts([parts[rank] for rank in found], known, vocab, model)
+        out = []
+        for run in np.split(found, np.flatnonzero(np.diff(unknown)) + 1):
+            some = ids[run]
+            if some[0] < 0:
+                some = unknown_ids(b"".join(parts[rank] for rank in run).decode(), vocab, model)
+            out.append(some)
+        return np.concatenate(out)
 
     return tokens_of(model), encode
 
@@ -936,15 +945,8 @@ def tokens_of(model: dict) -> dict:
         tokens[i] = bytes.fromhex(match[1]) if match else name.encode()
     return tokens
 
-def number_parts(parts: list[bytes], known: dict, vocab: dict, model: dict) -> list[int]:
-    """Give parts of a text their ids; characters without one those of their bytes, or the unknown token's."""
-    out = []
-    for there, group in groupby(parts, known.__contains__):
-        found = list(group)
-        out += map(known.get, found) if there else unknown_ids(b"".join(found).decode(), vocab, model)
-    return out
-
 def unknown_ids(text: str, vocab: dict, model: dict) -> list[int]:
+    """Spell characters that have no id: by their bytes, or by the unknown token."""
     out = []
     for c in text:
         ids = [vocab.get(f"<0x{b:02X}>") for b in c.encode()] if model.get("byte_fallback") else [None]
@@ -1006,22 +1008,25 @@ class Unigram:
         self.costs = (logp, max(map(len, logp)), min(logp.values()) - 10)  # the last: of an unknown character
         name = None if unknown is None else model["vocab"][unknown][0]
         self.fallback = model | {"fuse_unk": True, "unk_token": name}
-        self.known = {name.encode(): self.vocab[name] for name in logp}
         exact = all(score % LOGP_STEP == 0 for score in logp.values())
         texts = {name: p for name, p in logp.items() if not re.fullmatch("<0x..>", name)}
         self.text_costs = (texts, *self.costs[1:])  # no way but the likeliest may take a byte's name for it
         self.find = regex.compile(cut_pattern(list(texts)) if exact else r"[\s\S]+").findall
-        self.cut_word = functools.lru_cache(2**18)(self.cut_word)
-
-    def cut_word(self, word: str) -> list[bytes]:
-        return [piece.encode() for piece in viterbi(word, *self.costs)]
+        self.cut_word = functools.lru_cache(2**18)(lambda word: viterbi(word, *self.costs))
 
     def __call__(self, text: str) -> list[int]:
-        parts = chain.from_iterable(map(self.cut_word, self.find(text)))
-        return number_parts(parts, self.known, self.vocab, self.fallback)
+        return self.number(chain.from_iterable(map(self.cut_word, self.find(text))))
 
-    def number(self, pieces: list[str]) -> list[int]:
-        return number_parts(map(str.encode, pieces), self.known, self.vocab, self.fallback)
+    def number(self, pieces) -> list[int]:
+        """Give pieces their ids, and characters without one those of their bytes, or of the unknown token."""
+        out = []
+        for known, group in groupby(pieces, self.costs[0].__contains__):
+            parts = list(group)
+            if known:
+                out += map(self.vocab.get, parts)
+            else:
+                out += unknown_ids("".join(parts), self.vocab, self.fallback)
+        return out
 
 def read_merges(spec: dict, alphabet: list[str]) -> list[str]:
     """List the alphabet and what the merges make of it, in the order of their ranks.
