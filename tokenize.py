@@ -1261,15 +1261,17 @@ class Tokenizer:
         folder = Path(path)
         path = folder / "tokenizer.json" if folder.is_dir() else folder
         check(path.is_file(), f"there is no tokenizer at {path}")
+        problem = f"{path} is not a tokenizer.json that can be used"
         try:
             ranks = path.suffix == ".tiktoken"
             tokenizer = cls(read_ranks(path) if ranks else parse_json(path.read_bytes(), path))
             if folder.is_dir():
+                problem = f"what stands beside {path} cannot be used"
                 tokenizer.read_settings(folder)
             return tokenizer
         except (UserError, LookupError, ValueError, TypeError, AttributeError, regex.error) as e:
             why = e if isinstance(e, UserError) else f"it is damaged ({e!r})"
-            raise UserError(f"{path} is not a tokenizer.json that can be used: {why}") from None
+            raise UserError(f"{problem}: {why}") from None
 
     def read_settings(self, folder: Path):
         """Take over the names of special tokens and the chat template that a folder gives."""

@@ -589,8 +589,13 @@ def test_names_and_the_chat_template_of_a_folder(tmp_path):
     (tmp_path / "chat_template.jinja").unlink()
     for settings in '{"chat_template": {"default": 1}}', '{"chat_template": [3]}', '{"added_tokens_decoder": {"999": {"content": "<new>", "special": false}}}', "[1]", "{":
         (tmp_path / "tokenizer_config.json").write_text(settings)
-        with pytest.raises(tk.UserError, match="tokenizer"):
+        with pytest.raises(tk.UserError, match="what stands beside .*tokenizer.json cannot be used"):
             tk.Tokenizer.load(tmp_path)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / name).write_bytes(b'{"a": "\xe9"}')
+        with pytest.raises(tk.UserError, match="what stands beside"):
+            tk.Tokenizer.load(tmp_path)
+        (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize("change", [
