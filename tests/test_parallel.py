@@ -339,6 +339,14 @@ def test_axes_that_cannot_be(layout, words):
         check_layout(layout, 8, config)
 
 
+def test_a_schedule_that_an_older_engine_cannot(monkeypatch):
+    layout, config = Layout(dp=1, pp=2, schedule="zero-bubble"), Config(vocab_size=128, n_kv_head=6)
+    check_layout(layout, 2, config)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.11.0+cu130"))
+    with pytest.raises(UserError, match="needs torch 2.13, this is 2.11"):
+        check_layout(layout, 2, config)
+
+
 @pytest.mark.parametrize("layout, windows, micro_batch, words", [
     (Layout(pp=4), 16, 16, "makes 1 micro-batches .* the nearest that it takes is --micro-batch 4"),
     (Layout(pp=4), 16, 3, "makes 5.33333 micro-batches"),
