@@ -451,7 +451,7 @@ def check_layout(layout: Layout, world: int, config: Config) -> None:
     check(not layout.sequence or (tp > 1 and config.seq_len // cp % tp == 0),
           f"--sequence-parallel needs --tp above 1 that divides the context of {config.seq_len // cp}.")
     check(pp == 1 or zero < 3, "--zero 3 would gather a stage for each micro-batch: with --pp use --zero 2.")
-    old = layout.schedule == "zero-bubble" and torch.__version__ < "2.13"  # (it compares numbers, not letters)
+    old = layout.schedule == "zero-bubble" and torch.__version__ < "2.13"  # (as numbers)
     check(pp == 1 or not old, f"Zero-bubble needs torch 2.13, this is {torch.__version__}: take interleaved.")
     check(cp == tp == 1 or config.position != "alibi", "ALiBi's bias is not split by --cp or --tp: use --dp.")
     whole = config.n_expert and (config.balance == "loss" or config.capacity is not None)
