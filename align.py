@@ -48,7 +48,7 @@ from typing import Annotated, ClassVar, NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves this folder out
 from model import (  # before torch: it says how OpenMP's threads wait
     DTYPES, Linear, Ranks, Run, RunOptions, Tokens, Transformer, UserError, barrier, build_optimizer, cast,
-    check, check_out, clip_gradients, command, default_data, find_checkpoint, finish_save, generate,
+    check, clip_gradients, command, default_data, find_checkpoint, finish_save, generate,
     load_config, load_model, load_state, load_tokenizer, open_run, opt, pick_device, pick_dtype, progress,
     rank_and_world, render, run_app, save_checkpoint, save_files, say, seed_of, setup_distributed,
     sum_over_ranks, token_losses,
@@ -907,6 +907,9 @@ class PlayStage(Stage):
         check(least >= 1, "--set inner_epochs and minibatches have to be at least 1.")
         answers = self.batch_size * self.samples
         check(1 < answers <= 10**6, "--batch-size times --samples is between 2 and a million.")
+        for name, _ in map(parse_reward, self.reward):
+            check(name in ("checks", *CHECKS) or Path(name).resolve() != Path(self.out).resolve(),
+                  f"--reward {name} is what this run writes: choose another --out.")
 
 @options(out="out/grpo")
 class GRPOStage(PlayStage):
@@ -1319,6 +1322,17 @@ def write_answers(model, tokenizer, tasks, samples=1, temperature=1.0, seed=0, m
         groups[n].append(Answer(tasks[n], prompts[n], ids, text, ended))
     return groups
 
+def parse_reward(spec: str) -> tuple[str, float]:
+    """Read NAME or NAME:WEIGHT.
+
+    >>> parse_reward("out/reward:0.5")
+    ('out/reward', 0.5)
+    """
+    found = re.fullmatch(r"(.+?)(?::(-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?))?", spec)
+    name, weight = found.groups("1") if found else ("", "1")
+    check(name and math.isfinite(float(weight)), f"--reward {spec!r}: write NAME or NAME:WEIGHT.")
+    return name, float(weight)
+
 class Reward:
     """Give an answer the weighted sum of
 
@@ -1333,9 +1347,7 @@ class Reward:
         self.unended = unended
         self.parts = []  # name, weight, and a reward model with its tokenizer, or None twice
         for spec in specs:
-            found = re.fullmatch(r"(.+?)(?::(-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?))?", spec)
-            name, weight = found.groups("1") if found else ("", "1")
-            check(name and math.isfinite(float(weight)), f"--reward {spec!r}: write NAME or NAME:WEIGHT.")
+            name, weight = parse_reward(spec)
             model = tokenizer = None
             if name != "checks" and name not in CHECKS:
                 model = load_model(name, device)
@@ -1343,7 +1355,7 @@ class Reward:
                 check(model.config.head == "score",
                       f"{name} is no reward model: `python align.py reward` trains one.")
                 say(f"{name} reads the last {model.config.seq_len} tokens of a conversation.", markup=False)
-            self.parts.append((name, float(weight), model, tokenizer))
+            self.parts.append((name, weight, model, tokenizer))
         self.fingerprint = [fingerprint(model) for _, _, model, _ in self.parts if model]
 
     def __call__(self, answers: list[Answer]) -> list[float]:
@@ -1416,7 +1428,6 @@ class Play(Learner):
         self.reference = load_model(o.model, device)
         self.reference.compute_dtype = self.model.compute_dtype
         self.actor = cast(Transformer(self.model.config), device, self.model.compute_dtype)
-        check_out(Path(o.out), True, *(spec.rpartition(":")[0] or spec for spec in o.reward))
         self.reward = Reward(o.reward, o.unended, device)
         self.keep(model=fingerprint(self.reference), reward=self.reward.fingerprint)
 

@@ -680,7 +680,7 @@ def communication(config: Config, N: int, layout: Layout, recompute=False, e=2, 
     return [row for row in rows if row[2]]
 
 def tensor_communication(c: Config, N: int, layout: Layout, recompute, e, m) -> list[tuple]:
-    """List what tensor parallelism sends of it."""
+    """List what tensor parallelism sends; see `communication`."""
     layers = c.n_layer / layout.pp
     sparse = sum(map(c.is_sparse, range(c.n_layer))) / layout.pp
     low = e * N * c.n_embd
@@ -695,7 +695,8 @@ def tensor_communication(c: Config, N: int, layout: Layout, recompute, e, m) -> 
     ]
     if not layout.sequence:
         return [*rows, ("all_reduce", "tensor", sent * low + whole)]
-    gathered = sent + m * (1 / layout.pp + layers * recompute)  # to be computed again, gathered again
+    # (what is computed again has to be gathered again)
+    gathered = sent + m * (1 / layout.pp + layers * recompute)
     return [*rows, ("all_gather", "tensor", gathered * low + whole),
             ("reduce_scatter", "tensor", sent * low + whole)]
 
@@ -1445,10 +1446,10 @@ class CommunicationCounter(TorchDispatchMode):
             entry[1] += max(t.nbytes for t in tensors)
         return result
 
-def show_communication(sent: CommunicationCounter, *step) -> None:
-    """Print what a step has sent, the mean of all ranks, beside the formulas; step: see `communication`."""
+def show_communication(sent: CommunicationCounter, *sizes) -> None:
+    """Print what a step has sent, the mean of all ranks, beside the formulas of `communication(*sizes)`."""
     planned = {}
-    for name, axis, size in communication(*step):
+    for name, axis, size in communication(*sizes):
         planned.setdefault(name, []).append((axis, size))
     say("A step sends (mean of the ranks; bytes of whole tensors), and by formula:")
     for name in dict.fromkeys(CommunicationCounter.NAMES.values()):
@@ -1762,8 +1763,8 @@ def train(o: Options) -> dict:
             second = step == min(saved.get("at", 0) + 1, o.max_steps - 1)
             sent = CommunicationCounter() if second and o.count_communication else contextlib.nullcontext()
             with sent:
-                of_step = micro_batches, targets, windows, run.scale
-                loss, aux = gradients_of_step(forward, model, grid, *of_step)
+                batch = micro_batches, targets, windows
+                loss, aux = gradients_of_step(forward, model, grid, *batch, run.scale)
             if second and shown:
                 show_schedule(forward)
             grad_norm = clip_gradients(model, grid, o.grad_clip, run.scale)

@@ -605,7 +605,9 @@ ROOM = 2**30  # bytes of copies at most: a larger model is as large as the memor
 def pack_matrices(model, rows: int) -> None:
     """Pack the matrices of a model on a CPU for steps of so many rows."""
     kinds = {Linear: Packed, Head: PackedHead}
-    modules = [m for m in model.modules() if type(m) in kinds and m.weight.numel() >= SMALL]
+    # (what latent attention folds into its queries is no product of rows)
+    modules = [m for name, m in model.named_modules() if type(m) in kinds and m.weight.numel() >= SMALL
+               and not name.endswith("kv_b_proj")]
     bf16 = any(m.weight.dtype == torch.bfloat16 for m in modules)
     if not torch.backends.mkldnn.is_available() or bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return
@@ -647,7 +649,7 @@ class RowCache(Cache):
                 torch._dynamo.maybe_mark_dynamic(x, dim)
         return part
 
-    def put(self, rows: list[int], part: "RowCache") -> None:
+    def write_back(self, rows: list[int], part: "RowCache") -> None:
         """Write back a part that is a copy."""
         for whole, own in zip(self.whole, (part.k, part.v), strict=True):
             for layer, x in zip(whole, own, strict=True):
@@ -688,14 +690,15 @@ class Step:
     def compile(self):
         """Compile forward for this model alone.
 
-        The compiler would check at each call that none of the modules has changed: a third of a small model's
-        step. They do not; but without the checks a second model would run the first one's code, which the
-        compiler keeps with the function. So each step has a function of its own. (Experts are compiled in
-        parts, each kept with the function that it is of: they keep the checks.)
+        The compiler would check at each call that no module has changed, which takes longer than a small
+        model does. These checks are left out: a model that has a Step keeps its classes and its dtype. They
+        also tell models apart, as the compiler keeps code with the function that it was made of; so each
+        Step has a copy of the function. (Experts have compiled parts of their own, which models share: they
+        keep the checks.)
         """
         if self.model.config.n_expert:
             return torch.compile(self.forward)
-        own = types.FunctionType(Step.forward.__code__.replace(), globals())
+        own = types.FunctionType(Step.forward.__code__.replace(), globals())  # replace() copies the code
         unchecked = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         return torch.compile(types.MethodType(own, self), fullgraph=True, options=unchecked)
 
@@ -703,8 +706,8 @@ class Step:
     def __call__(self, ids, positions, cache):
         try:
             return self.replay(ids, positions, cache)
-        except (RuntimeError, OSError) as error:  # no C++ compiler on this machine, or one that fails
-            if not self.compiled or isinstance(error, torch.OutOfMemoryError):
+        except Exception as error:  # no C++ compiler on this machine, or one that fails
+            if not self.compiled or isinstance(error, (torch.OutOfMemoryError, UserError)):
                 raise
             reason = str(error).strip().partition("\n")[0]
             say(f"the step is not compiled: {reason}", style="yellow", markup=False)
@@ -781,7 +784,7 @@ class Engine:
 
     def __init__(self, model, rows: int, slots: int, compiled: bool = False, piece: int = 512):
         weight = next(model.parameters())
-        self.model = model
+        self.model = model.eval()
         self.device = weight.device
         self.step_rows = Step(model, compiled)
         if compiled and rows > 1 and self.device.type == "cpu":
@@ -845,22 +848,23 @@ class Engine:
     def read_prompts(self) -> None:
         """Read of the prompts all but the last token; if others are writing, a piece."""
         writing = any(request and request.unread == 1 for request in self.running)
-        budget = self.piece if writing else 8 * self.piece
+        left = self.piece if writing else 8 * self.piece
         border = self.model.config.rereads_at
         for row, request in enumerate(self.running):
             if request and border is not None and request.read <= border < request.read + request.unread:
                 request.read = 0  # beyond the border LongRoPE turns all keys otherwise: at once, the last too
                 self.read({row: request.unread})
                 request.read -= 1
-        while budget > 0:
-            counts = {row: min(request.unread - 1, budget) for row, request in enumerate(self.running)
-                      if request and request.unread > 1}
-            if not counts:
-                return
-            longest = max(counts.values())  # beside it those are read that are half as long, or longer
-            together = [row for row, count in counts.items() if 2 * count >= longest]
-            self.read({row: counts[row] for row in together[: budget // longest]})
-            budget -= longest * len(together[: budget // longest])
+        counts = {}
+        unread = sorted((r.unread - 1, row) for row, r in enumerate(self.running) if r and r.unread > 1)
+        for i, (count, row) in enumerate(unread):  # short ones whole; what they leave is the long ones'
+            counts[row] = min(count, max(1, left // (len(unread) - i)))
+            left -= counts[row]
+        while counts:
+            longest = max(counts.values())
+            together = {row: counts[row] for row in sorted(counts) if 2 * counts[row] >= longest}
+            self.read(together)
+            counts = {row: count for row, count in counts.items() if row not in together}
 
     def read(self, counts: dict[int, int]) -> None:
         """Read the next tokens of some rows' texts, so many of each, in one pass."""
@@ -869,20 +873,21 @@ class Engine:
         texts, starts, ends = [], [], []
         for row, count in counts.items():
             request = self.running[row]
-            starts.append([request.read])
-            ends.append([request.read + count])
+            starts.append(request.read)
+            ends.append(request.read + count)
             texts.append(request.text(request.read + count) + [0] * (longest - count))
             request.read += count
-        # what fills up a shorter text goes where its next token will be, and that is written over it
-        positions = (torch.tensor(starts) + torch.arange(longest)).minimum(torch.tensor(ends)).to(self.device)
-        ragged = any(start != starts[0] for start in starts) or any(end != ends[0] for end in ends)
-        span = max(ends)[0] + ragged
+        positions = torch.tensor(starts)[:, None] + torch.arange(longest)
+        # zeros behind a shorter text go into the slot of its next token, which will write over them
+        positions = positions.minimum(torch.tensor(ends)[:, None]).to(self.device)
+        ragged = len({*starts}) > 1 or len({*ends}) > 1
+        span = max(ends) + 1 if ragged else ends[0]
         consecutive = rows[-1] - rows[0] == len(rows) - 1
         part = self.cache.part(slice(rows[0], rows[-1] + 1) if consecutive else rows, span, ragged)
         self.model(torch.tensor(texts, device=self.device), positions=positions if ragged else positions[0],
                    cache=part, output="hidden")
         if not consecutive:
-            self.cache.put(rows, part)
+            self.cache.write_back(rows, part)
 
     def write(self) -> list[Request]:
         """Write a token of each text whose prompt is read."""
@@ -890,7 +895,7 @@ class Engine:
         if not ready:
             return []
         first, end = (ready[0], ready[0] + 1) if len(ready) == 1 else (0, len(self.running))
-        # a row that does not write puts what is ignored behind what it holds
+        # a row that does not write puts what is ignored behind what it holds, or forgets to make room for it
         requests = [self.running[row] for row in ready]
         longest = max(request.read for request in self.running[first:end] if request)
         span = self.step_rows.span(longest + 1, self.cache.slots)

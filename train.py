@@ -306,6 +306,8 @@ class Stopper:
         self.state |= {name: saved[name] for name in self.state if name in saved}
         if not o.patience:
             return
+        check(not o.init or self.folder.resolve() != Path(o.init).resolve(),
+              f"--patience would keep the best model in {o.init}, which the run begins with: change --out.")
         size = o.eval_tokens
         if self.state["best"] is not None:
             size = saved["options"].get("eval_tokens", size)

@@ -717,7 +717,7 @@ def test_words_that_cannot_be_written_end_no_run(data, tmp_path, monkeypatch):
     def write(text):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(model.console(), "file", SimpleNamespace(write=write, flush=lambda: None, encoding="utf-8"))
+    monkeypatch.setattr(model.console(), "_file", SimpleNamespace(write=write, flush=lambda: None, encoding="utf-8"))
     result = train.train(options(data, tmp_path / "run", max_steps=1))
     assert result["val_tokens"] > 0 and saved_state(tmp_path / "run")["finished"]
 
@@ -874,10 +874,14 @@ def test_overwrite_begins_again(data, tmp_path):
     assert (run / "mine.txt").read_text() == "a note"
     free = {"preset": "micro", "n_layer": None, "n_embd": None, "set": []}
     for name in ("\udcff", "\0"):
-        with pytest.raises(UserError, match="not UTF-8"):
+        with pytest.raises(UserError, match="no name for a folder"):
             train.train(options(data, tmp_path / name))
     with pytest.raises(UserError, match="what it begins with"):
         train.train(options(data, run, init=str(run / "."), overwrite=True, **free))
+    best = run.rename(tmp_path / "new-best")
+    (best / "best.json").write_text("{}")
+    with pytest.raises(UserError, match="which the run begins with"):
+        train.train(options(data, tmp_path / "new", init=str(best), overwrite=True, patience=2, **free))
 
 
 def test_init_starts_from_a_folder(data, tmp_path):
