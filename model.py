@@ -442,7 +442,8 @@ class Transformer(nn.Module):
         if c.position == "learned":
             if not torch.compiler.is_compiling():  # (whoever compiles has checked it)
                 last = int(positions.max())
-                check(last < c.seq_len, f"A text of {last + 1} tokens: the model has {c.seq_len} places.")
+                check(last < c.seq_len,
+                      f"A text of {last + 1} tokens: the model has learned {c.seq_len} places.")
             x = x + self.embed_positions(positions.clamp(min=0))
         return x
 

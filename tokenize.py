@@ -1012,7 +1012,9 @@ class Unigram:
         texts = {name: p for name, p in logp.items() if not re.fullmatch("<0x..>", name)}
         self.text_costs = (texts, *self.costs[1:])  # no way but the likeliest may take a byte's name for it
         self.find = regex.compile(cut_pattern(list(texts)) if exact else r"[\s\S]+").findall
-        self.cut_word = functools.lru_cache(2**18)(lambda word: viterbi(word, *self.costs))
+        self.cut_word = lambda word: viterbi(word, *self.costs)
+        if exact:  # (else a word is a whole text, which does not come again)
+            self.cut_word = functools.lru_cache(2**18)(self.cut_word)
 
     def __call__(self, text: str) -> list[int]:
         return self.number(chain.from_iterable(map(self.cut_word, self.find(text))))
