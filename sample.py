@@ -26,7 +26,6 @@ repetition: Keskar et al. 2019 (1909.05858). Gumbel-max: 1411.0030. Attention si
 
 import codecs
 import copy
-import functools
 import itertools
 import json
 import math
@@ -38,7 +37,6 @@ import sys
 import threading
 import time
 import types
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,10 +47,9 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves this folder out
 from model import (  # before torch: it says how OpenMP's threads wait
     Cache, Config, Head, Linear, Tokens, Transformer, UserError, apply_rope, check, checkpoint_files, command,
-    count_weights, evaluate, find_checkpoint, greedy, is_compiled_on_cpu, is_compiled_row,
-    load_config, load_model, load_tokenizer, multiply_row, opt, pick_device, pick_dtype, progress,
-    quantized_kind, read_json, reading, render, rope_angles, rope_frequencies, round_up, run_app, save_files,
-    say,
+    count_weights, evaluate, find_checkpoint, greedy, is_compiled_row, load_config, load_model, load_tokenizer,
+    multiply_row, opt, pick_device, pick_dtype, progress, quantized_kind, read_json, reading, render,
+    rope_angles, rope_frequencies, round_up, run_app, save_files, say,
 )
 
 import torch
@@ -409,7 +406,8 @@ class Int8(Linear):
         if is_compiled_row(x):
             y = multiply_row(x, self.weight) * self.scales
         elif x.is_cpu and x.dtype == torch.bfloat16 and x.numel() <= 8 * x.shape[-1]:
-            y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scales.to(x.dtype))
+            scales = self.scales.to(x.dtype).as_strided(self.scales.shape, (1,))  # in memory, when compiled
+            y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, scales)
             y = y.view(*x.shape[:-1], -1)
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scales
@@ -566,60 +564,6 @@ def say_cost(folder: Path, model, data: Path, device, dtype) -> None:
     say(f"weights {before / 1e6:.1f} -> {after / 1e6:.1f} MB; bits per byte {bpb:.4f} -> {quantized_bpb:.4f} "
         f"({(quantized_bpb / bpb - 1) * 100:+.2f} %) on {data}")
 
-# ---- Matrices for a batch ----------------------------------------------------------------------------------
-
-COPIES = {}  # the address of a matrix -> its packed copy
-
-def multiply_packed(x, weight):  # (..., K), (N, K) -> (..., N)
-    """Multiply rows by a matrix's packed copy, which torch.compile cannot look into."""
-    return torch.ops.mkldnn._linear_pointwise(x, COPIES[weight.data_ptr()], None, "none", [], "")
-
-@functools.cache
-def define_operator():
-    """Make `multiply_packed` an operator of PyTorch's when it is first needed -> (it, what holds it)."""
-    name = f"octavo_{id(COPIES)}"  # a name that nobody else in this process has
-    library = torch.library.Library(name, "DEF")
-    library.define("multiply_packed(Tensor x, Tensor weight) -> Tensor")
-    library.impl("multiply_packed", multiply_packed, "CPU")
-    library.impl("multiply_packed", lambda x, weight: x.new_empty((*x.shape[:-1], len(weight))), "Meta")
-    return getattr(torch.ops, name).multiply_packed.default, library
-
-class Packed(Linear):
-    """Keep beside a matrix a copy in the order in which oneDNN multiplies a few rows.
-
-    The compiled step of a batch reads it 1.3 to 2 times as fast. A single row and a prompt read the matrix.
-    """
-
-    def forward(self, x):
-        if not is_compiled_on_cpu(x) or is_compiled_row(x) or x.dtype != self.weight.dtype:
-            return super().forward(x)
-        y = self.operator(x, self.weight)
-        return y if self.bias is None else y + self.bias
-
-class PackedHead(Head, Packed):
-    """Multiply by a packed output matrix, then do what `Head` does to the logits."""
-
-SMALL = 2**18  # weights of a matrix below which packing gains nothing
-ROOM = 2**30  # bytes of copies at most: a larger model is as large as the memory bears
-
-def pack_matrices(model, rows: int) -> None:
-    """Pack the matrices of a model on a CPU for steps of so many rows."""
-    kinds = {Linear: Packed, Head: PackedHead}
-    # (what latent attention folds into its queries is no product of rows)
-    modules = [m for name, m in model.named_modules() if type(m) in kinds and m.weight.numel() >= SMALL
-               and not name.endswith("kv_b_proj")]
-    bf16 = any(m.weight.dtype == torch.bfloat16 for m in modules)
-    if not torch.backends.mkldnn.is_available() or bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return
-    if sum(m.weight.nbytes for m in modules) > ROOM:
-        return
-    for module in modules:
-        address = module.weight.data_ptr()
-        COPIES[address] = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows)
-        weakref.finalize(module, COPIES.pop, address, None)
-        module.__class__ = kinds[type(module)]
-        module.operator, _ = define_operator()
-
 # ---- A cache whose rows live by themselves, and the step that is compiled ----------------------------------
 
 class RowCache(Cache):
@@ -669,38 +613,56 @@ class RowCache(Cache):
     def rewind(self, n: int) -> None:
         """Forget all but the first n tokens: nothing to do, as later ones are written over."""
 
+ROOM = 2**30  # bytes of copies at most: a larger model is as large as the memory bears
+
 class Step:
     """Read the next tokens of some rows, ids (B, T) at positions (B, T) -> logits (B, T, V), float32.
 
-    compiled: as one piece of code. On CUDA its kernels are recorded once for each shape and replayed, since
-    starting them one by one takes longer than they do.
+    compiled: as one piece of code, one for a single token and one for several. On a CPU the latter is frozen:
+    the compiler keeps copies of the matrices in the order in which it reads them, with as many rows, 1.3 to 2
+    times as fast. A model that has a Step keeps its classes, its dtype and its weights. On CUDA kernels are
+    recorded once for each shape and replayed, since starting them one by one takes longer than they do.
     """
 
     def __init__(self, model, compiled: bool):
         self.model = model
         self.compiled = compiled
-        self.run = self.compile() if compiled else self.forward
         self.is_cuda = next(model.parameters()).is_cuda
+        matrices = [module for module in model.modules() if isinstance(module, Linear)]
+        dtype = next(model.parameters()).dtype
+        small = sum(m.in_features * m.out_features for m in matrices) * dtype.itemsize <= ROOM
+        self.frozen = compiled and not self.is_cuda and small and not model.config.n_expert
+        self.run_one = self.compile() if compiled else self.forward
+        if self.frozen:
+            self.run_more = self.compile(dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
         self.graphs = {}
 
     def forward(self, ids, positions, cache):
         logits, _ = self.model(ids, positions=positions, cache=cache)
         return logits.float()
 
-    def compile(self):
+    def compile(self, own_products: bool = False):
         """Compile forward for this model alone.
 
         The compiler would check at each call that no module has changed, which takes longer than a small
-        model does. These checks are left out: a model that has a Step keeps its classes and its dtype. They
-        also tell models apart, as the compiler keeps code with the function that it was made of; so each
-        Step has a copy of the function. (Experts have compiled parts of their own, which models share: they
-        keep the checks.)
+        model does. These checks are left out. They also tell models apart, as the compiler keeps code with the
+        function that it was made of; so each code is made of a copy of the function. (Experts have compiled
+        parts of their own, which models share: they keep the checks.)
         """
+        options = {"cpp.enable_floating_point_contract_flag": "fast"}  # x * y + z as one operation
         if self.model.config.n_expert:
-            return torch.compile(self.forward)
+            return torch.compile(self.forward, options=options)
+        if own_products:  # of a few rows in bfloat16, faster than the library's
+            options |= {"max_autotune": True, "max_autotune_gemm_backends": "CPP"}
+        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
         own = types.FunctionType(Step.forward.__code__.replace(), globals())  # replace() copies the code
-        unchecked = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        return torch.compile(types.MethodType(own, self), fullgraph=True, options=unchecked)
+        return torch.compile(types.MethodType(own, self), fullgraph=True, options=options)
+
+    def run(self, ids, positions, cache):
+        if ids.numel() == 1 or not self.frozen:
+            return self.run_one(ids, positions, cache)
+        with torch._inductor.config.patch(freezing=True):
+            return self.run_more(ids, positions, cache)
 
     @torch.inference_mode()
     def __call__(self, ids, positions, cache):
@@ -711,8 +673,8 @@ class Step:
                 raise
             reason = str(error).strip().partition("\n")[0]
             say(f"the step is not compiled: {reason}", style="yellow", markup=False)
-            self.compiled = False
-            self.run = self.forward
+            self.compiled = self.frozen = False
+            self.run_one = self.forward
             return self.run(ids, positions, cache)
 
     def replay(self, ids, positions, cache):
@@ -787,8 +749,6 @@ class Engine:
         self.model = model.eval()
         self.device = weight.device
         self.step_rows = Step(model, compiled)
-        if compiled and rows > 1 and self.device.type == "cpu":
-            pack_matrices(model, rows)
         self.cache = RowCache(model.config, rows, slots, self.device, model.compute_dtype or weight.dtype)
         self.piece = piece  # tokens of prompts that a step reads while others write
         self.waiting: list[Request] = []

@@ -1,6 +1,5 @@
 """Test sample.py's batches, quantized weights, proposals and server: all must equal one plain text."""
 
-import gc
 import http.client
 import io
 import json
@@ -265,10 +264,9 @@ def test_prompts_of_a_file(folder, tmp_path, capsys):  # noqa: F811
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"window": (6, None), "qkv_bias": True, "tie": False, "logit_cap": 20.0},
                                      KINDS["latent"], KINDS["learned"], {"n_expert": 4, "n_expert_active": 2, "expert_dim": 32}])
-def test_a_compiled_step_is_the_plain_one(changes, monkeypatch):
-    """Logits of one row and of four, in parts of growing length, also past a window; with packed matrices."""
+def test_a_compiled_step_is_the_plain_one(changes):
+    """Logits of one row and of four, in parts of growing length, also past a window."""
     torch._dynamo.reset()  # else the limit of versions is reached, and nothing is compiled
-    monkeypatch.setattr(sampling, "SMALL", 0)
     net = net_of(**changes)
     for rows in (1, 4):
         plain, fast = Engine(net, rows, 120), Engine(net, rows, 120, compiled=True)
@@ -303,29 +301,6 @@ def test_compiled_models_of_one_shape_do_not_share_code():
         finish(engine)
     assert [request.new for request in texts] == 2 * [generate(net, [[1, 2, 3]], 10)[0] for net in nets]
     assert texts[0].new != texts[1].new
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_matrices_multiply_as_before(dtype, monkeypatch):
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("oneDNN packs nothing on this machine")
-    monkeypatch.setattr(sampling, "SMALL", 2000)
-    net = net_of(tie=False, ffn_dim=64).to(dtype)
-    before = set(sampling.COPIES)
-    sampling.pack_matrices(net, 4)
-    packed = [m for m in net.modules() if isinstance(m, sampling.Packed)]
-    assert len(packed) == 7 and all(m.weight.numel() >= 2000 for m in packed)  # of two layers, and the head
-    latent = net_of(**KINDS["latent"]).to(dtype)
-    sampling.pack_matrices(latent, 4)  # (what is folded into the queries asks whether it is a plain matrix)
-    assert {type(layer.self_attn.kv_b_proj) for layer in latent.layers.values()} == {sampling.Linear}
-    del latent
-    for module in packed:
-        x = torch.randn(4, 1, module.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
-        y = module.operator(x, module.weight)
-        torch.testing.assert_close(y, torch.nn.functional.linear(x, module.weight))
-    del net, packed, module
-    gc.collect()
-    assert set(sampling.COPIES) == before  # the copies go with the model
 
 
 def test_without_a_compiler_the_step_runs_as_it_is(monkeypatch, capsys):
