@@ -627,21 +627,21 @@ class Step:
     def __init__(self, model, compiled: bool):
         self.model = model
         self.compiled = compiled
-        self.is_cuda = next(model.parameters()).is_cuda
+        weight = next(model.parameters())
+        self.is_cuda = weight.is_cuda
         matrices = [module for module in model.modules() if isinstance(module, Linear)]
-        dtype = next(model.parameters()).dtype
-        small = sum(m.in_features * m.out_features for m in matrices) * dtype.itemsize <= ROOM
-        self.frozen = compiled and not self.is_cuda and small and not model.config.n_expert
+        small = sum(m.in_features * m.out_features for m in matrices) * weight.itemsize <= ROOM
+        self.frozen = compiled and weight.device.type == "cpu" and small and not model.config.n_expert
         self.run_one = self.compile() if compiled else self.forward
         if self.frozen:
-            self.run_more = self.compile(dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
+            self.run_more = self.compile()
         self.graphs = {}
 
     def forward(self, ids, positions, cache):
         logits, _ = self.model(ids, positions=positions, cache=cache)
         return logits.float()
 
-    def compile(self, own_products: bool = False):
+    def compile(self):
         """Compile forward for this model alone.
 
         The compiler would check at each call that no module has changed, which takes longer than a small
@@ -651,12 +651,10 @@ class Step:
         """
         options = {"cpp.enable_floating_point_contract_flag": "fast"}  # x * y + z as one operation
         if self.model.config.n_expert:
-            return torch.compile(self.forward, options=options)
-        if own_products:  # of a few rows in bfloat16, faster than the library's
-            options |= {"max_autotune": True, "max_autotune_gemm_backends": "CPP"}
+            return torch.compile(self.forward, dynamic=False, options=options)
         options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
         own = types.FunctionType(Step.forward.__code__.replace(), globals())  # replace() copies the code
-        return torch.compile(types.MethodType(own, self), fullgraph=True, options=options)
+        return torch.compile(types.MethodType(own, self), fullgraph=True, dynamic=False, options=options)
 
     def run(self, ids, positions, cache):
         if ids.numel() == 1 or not self.frozen:

@@ -2,6 +2,7 @@
 
 import http.client
 import io
+import itertools
 import json
 import math
 import os
@@ -301,6 +302,29 @@ def test_compiled_models_of_one_shape_do_not_share_code():
         finish(engine)
     assert [request.new for request in texts] == 2 * [generate(net, [[1, 2, 3]], 10)[0] for net in nets]
     assert texts[0].new != texts[1].new
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_compiled_batch_of_quantized_weights(kind, vocab, tmp_path):  # noqa: F811
+    """It stays compiled, and its logits are those of the plain step within bfloat16's rounding."""
+    torch._dynamo.reset()
+    source = make(vocab, tmp_path / "m", n_embd=64, ffn_dim=128)
+    net = sampling.open_model(source, torch.device("cpu"), torch.bfloat16, kind)
+    for rows in (1, 4, 12):
+        ids = torch.arange(rows)[:, None]
+        positions = torch.full((rows, 1), 5)
+        logits = []
+        for compiled in (False, True):
+            step = sampling.Step(net, compiled)
+            generator = torch.Generator().manual_seed(0)
+            cache = sampling.RowCache(net.config, rows, 60, dtype=torch.bfloat16)
+            for x in itertools.chain(*cache.whole):
+                x.normal_(generator=generator)
+            logits.append(step(ids, positions, cache.part(slice(0, rows), 64)))
+            assert step.compiled == compiled
+        close = (logits[0] - logits[1]).abs().max() / logits[0].abs().max()
+        assert close < 0.02, (rows, close)
 
 
 def test_without_a_compiler_the_step_runs_as_it_is(monkeypatch, capsys):
