@@ -47,9 +47,9 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves this folder out
 from model import (  # before torch: it says how OpenMP's threads wait
     Cache, Config, Head, Linear, Tokens, Transformer, UserError, apply_rope, check, checkpoint_files, command,
-    count_weights, evaluate, find_checkpoint, greedy, is_compiled_row, load_config, load_model, load_tokenizer,
-    multiply_row, opt, pick_device, pick_dtype, progress, quantized_kind, read_json, reading, render,
-    rope_angles, rope_frequencies, round_up, run_app, save_files, say,
+    count_weights, evaluate, find_checkpoint, greedy, is_compiled_row, load_config, load_model,
+    load_tokenizer, multiply_row, opt, pick_device, pick_dtype, progress, quantized_kind, read_json, reading,
+    render, rope_angles, rope_frequencies, round_up, run_app, save_files, say,
 )
 
 import torch
@@ -645,9 +645,9 @@ class Step:
         """Compile forward for this model alone.
 
         The compiler would check at each call that no module has changed, which takes longer than a small
-        model does. These checks are left out. They also tell models apart, as the compiler keeps code with the
-        function that it was made of; so each code is made of a copy of the function. (Experts have compiled
-        parts of their own, which models share: they keep the checks.)
+        model does. These checks are left out. They also tell models apart, as the compiler keeps code with
+        the function that it was made of; so each code is made of a copy of the function. (Experts have
+        compiled parts of their own, which models share: they keep the checks.)
         """
         options = {"cpp.enable_floating_point_contract_flag": "fast"}  # x * y + z as one operation
         if self.model.config.n_expert:
