@@ -406,7 +406,7 @@ class Int8(Linear):
         if is_compiled_row(x):
             y = multiply_row(x, self.weight) * self.scales
         elif x.is_cpu and x.dtype == torch.bfloat16 and x.numel() <= 8 * x.shape[-1]:
-            scales = self.scales.to(x.dtype).as_strided(self.scales.shape, (1,))  # in memory, when compiled
+            scales = self.scales.to(x.dtype).as_strided(self.scales.shape, (1,))  # (no mere expression)
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, scales)
             y = y.view(*x.shape[:-1], -1)
         else:
@@ -613,15 +613,15 @@ class RowCache(Cache):
     def rewind(self, n: int) -> None:
         """Forget all but the first n tokens: nothing to do, as later ones are written over."""
 
-ROOM = 2**30  # bytes of copies at most: a larger model is as large as the memory bears
+ROOM = 2**30  # bytes of matrices up to which a step has copies: a larger model may fill the memory
 
 class Step:
     """Read the next tokens of some rows, ids (B, T) at positions (B, T) -> logits (B, T, V), float32.
 
-    compiled: as one piece of code, one for a single token and one for several. On a CPU the latter is frozen:
-    the compiler keeps copies of the matrices in the order in which it reads them, with as many rows, 1.3 to 2
-    times as fast. A model that has a Step keeps its classes, its dtype and its weights. On CUDA kernels are
-    recorded once for each shape and replayed, since starting them one by one takes longer than they do.
+    compiled: as one piece of code. On a CPU what reads several tokens has code of its own, which is frozen:
+    the compiler keeps a copy of each matrix in the order in which a product of so many rows reads it, 1.3 to
+    2 times as fast. So a model that has a Step keeps its classes, its dtype and its weights. On CUDA kernels
+    are recorded once for each shape and replayed, since starting them one by one takes longer than they do.
     """
 
     def __init__(self, model, compiled: bool):
@@ -649,7 +649,7 @@ class Step:
         the function that it was made of; so each code is made of a copy of the function. (Experts have
         compiled parts of their own, which models share: they keep the checks.)
         """
-        options = {"cpp.enable_floating_point_contract_flag": "fast"}  # x * y + z as one operation
+        options = {"cpp.enable_floating_point_contract_flag": "fast"}  # on a CPU: x * y + z as one operation
         if self.model.config.n_expert:
             return torch.compile(self.forward, dynamic=False, options=options)
         options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
@@ -659,7 +659,7 @@ class Step:
     def run(self, ids, positions, cache):
         if ids.numel() == 1 or not self.frozen:
             return self.run_one(ids, positions, cache)
-        with torch._inductor.config.patch(freezing=True):
+        with torch._inductor.config.patch(freezing=True):  # (as an option it would come too late)
             return self.run_more(ids, positions, cache)
 
     @torch.inference_mode()
@@ -669,6 +669,9 @@ class Step:
         except Exception as error:  # no C++ compiler on this machine, or one that fails
             if not self.compiled or isinstance(error, (torch.OutOfMemoryError, UserError)):
                 raise
+            if self.frozen and ids.numel() > 1:  # without copies it may do
+                self.frozen = False
+                return self(ids, positions, cache)
             reason = str(error).strip().partition("\n")[0]
             say(f"the step is not compiled: {reason}", style="yellow", markup=False)
             self.compiled = self.frozen = False
@@ -1432,8 +1435,9 @@ def print_samples(o: Options, model, tokenizer, text: str, ids: list[int], stop:
     helper = None if draft is None else Reader(draft, step=step and Step(draft, True), slots=slots)
     if step is not None:  # compiled now, not within the text
         reader.read_text(ids[:1])
-        reader.read(torch.tensor([ids[:1]], device=reader.ids.device))
-        reader.rewind(0)
+        for tokens in (1, width):
+            reader.read(torch.tensor([ids[:1] * tokens], device=reader.ids.device))
+            reader.rewind(0)
     start = time.perf_counter()
     logits = reader.read_text(ids)
     prefill = (time.perf_counter() - start) * 1e3  # milliseconds
