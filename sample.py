@@ -406,7 +406,7 @@ class Int8(Linear):
         if is_compiled_row(x):
             y = multiply_row(x, self.weight) * self.scales
         elif x.is_cpu and x.dtype == torch.bfloat16 and x.numel() <= 8 * x.shape[-1]:
-            scales = self.scales.to(x.dtype).as_strided(self.scales.shape, (1,))  # (no mere expression)
+            scales = self.scales.to(x.dtype).as_strided(self.scales.shape, (1,))  # compiled, it wants a buffer
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, scales)
             y = y.view(*x.shape[:-1], -1)
         else:
@@ -657,6 +657,7 @@ class Step:
         return torch.compile(types.MethodType(own, self), fullgraph=True, dynamic=False, options=options)
 
     def run(self, ids, positions, cache):
+        """Run the code for so many tokens."""
         if ids.numel() == 1 or not self.frozen:
             return self.run_one(ids, positions, cache)
         with torch._inductor.config.patch(freezing=True):  # (as an option it would come too late)
