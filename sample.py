@@ -406,7 +406,7 @@ class Int8(Linear):
         if is_compiled_row(x):
             y = multiply_row(x, self.weight) * self.scales
         elif x.is_cpu and x.dtype == torch.bfloat16 and x.numel() <= 8 * x.shape[-1]:
-            scales = self.scales.to(x.dtype).as_strided(self.scales.shape, (1,))  # compiled, it wants a buffer
+            scales = self.scales.to(x.dtype).as_strided(self.scales.shape, (1,))  # the kernel wants a buffer
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, scales)
             y = y.view(*x.shape[:-1], -1)
         else:

@@ -136,7 +136,10 @@ def home(tmp_path_factory):
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=[pytest.mark.slow] * (name == "parallel")) for name in RUNS])
 def test_a_run_gives_the_numbers_that_it_gave(name, home):
-    found, golden = numbers(RUNS[name](home)), json.loads(GOLDEN.read_text())[name]
+    found, recorded = numbers(RUNS[name](home)), json.loads(GOLDEN.read_text())
+    # processors round differently, and a loss near 0 is a sum of larger numbers: GRPO has a recording of each
+    goldens = [recorded[key] for key in recorded if key == name or key.startswith(f"{name} on ")]
+    golden = min(goldens, key=lambda golden: math.dist(found["loss"][:FIRST], golden["loss"][:FIRST]))
     first, later = TOLERANCE[name]
     for what, values in found.items():
         assert len(values) == STEPS and all(map(math.isfinite, values))
