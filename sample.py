@@ -649,7 +649,8 @@ class Step:
         the function that it was made of; so each code is made of a copy of the function. (Experts have
         compiled parts of their own, which models share: they keep the checks.)
         """
-        options = {"cpp.enable_floating_point_contract_flag": "fast"}  # on a CPU: x * y + z as one operation
+        options = {"cpp.enable_floating_point_contract_flag": "fast",  # on a CPU: x * y + z as one operation
+                   "size_asserts": False}  # else each call looks at the shapes of all weights
         if self.model.config.n_expert:
             return torch.compile(self.forward, dynamic=False, options=options)
         options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
@@ -879,15 +880,17 @@ class Engine:
 
     def choose(self, logits, requests: list[Request]) -> None:
         """Choose a token for each text, those with the same settings together; note where a text ends."""
-        check(logits.sum().isfinite(), NOT_FINITE)
-        ids = torch.empty(len(requests), dtype=torch.int64, device=self.device)
+        check(math.isfinite(logits.sum()), NOT_FINITE)
+        tokens = {}
         for choice in {request.choice for request in requests}:
             rows = [i for i, request in enumerate(requests) if request.choice == choice]
             some = logits if len(rows) == len(requests) else logits[rows]
             seen = choice.seen([requests[i].ids + requests[i].new for i in rows], some)
             generators = [requests[i].generator for i in rows]
-            ids[rows] = sample(some, **vars(choice), seen=seen, generator=generators)
-        for i, (request, token) in enumerate(zip(requests, ids.tolist(), strict=True)):
+            chosen = sample(some, **vars(choice), seen=seen, generator=generators)
+            tokens |= zip(rows, chosen.tolist(), strict=True)
+        for i, request in enumerate(requests):
+            token = tokens[i]
             request.read += 1
             request.new.append(token)
             if request.logprobs is not None:
@@ -998,7 +1001,7 @@ NOT_FINITE = "The model gives logits that are not numbers (NaN): try --dtype fp3
 
 def numbers(logits):
     """Return the logits, or refuse them: of NaN any token would be as good as another."""
-    check(logits.sum().isfinite(), NOT_FINITE)
+    check(math.isfinite(logits.sum()), NOT_FINITE)
     return logits
 
 def stream(reader: Reader, logits, max_new_tokens: int, pick=greedy, stop=frozenset()) -> Iterator[int]:
