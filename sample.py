@@ -649,11 +649,11 @@ class Step:
         the function that it was made of; so each code is made of a copy of the function. (Experts have
         compiled parts of their own, which models share: they keep the checks.)
         """
-        options = {"cpp.enable_floating_point_contract_flag": "fast",  # on a CPU: x * y + z as one operation
-                   "size_asserts": False}  # else each call looks at the shapes of all weights
+        options = {"cpp.enable_floating_point_contract_flag": "fast"}  # on a CPU: x * y + z as one operation
         if self.model.config.n_expert:
             return torch.compile(self.forward, dynamic=False, options=options)
         options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        options["size_asserts"] = False  # nor are the weights' shapes looked at in each call
         own = types.FunctionType(Step.forward.__code__.replace(), globals())  # replace() copies the code
         return torch.compile(types.MethodType(own, self), fullgraph=True, dynamic=False, options=options)
 

@@ -16,7 +16,8 @@ import time
 from functools import partial
 
 from model import (
-    Config, Transformer, UserError, generate, load_config, load_model, load_tokenizer, save_checkpoint,
+    Config, Linear, Transformer, UserError, generate, load_config, load_model, load_tokenizer,
+    save_checkpoint,
 )
 
 import pytest
@@ -289,6 +290,22 @@ def test_a_compiled_step_is_the_plain_one(changes):
         assert steps[middle - 1] == steps[-1]
         for a, b in zip(steps[: middle - 1], steps[middle:-1], strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_row_times_matrices_of_any_height():
+    """Heights that four parts share evenly, unevenly, and that are fewer than four."""
+    torch.manual_seed(0)
+    matrices = [Linear(48, height, bias=height % 2 == 0) for height in (1, 2, 3, 5, 10, 64)]
+
+    def multiply(x):
+        return [matrix(x) for matrix in matrices]
+
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(1, 1, 48, dtype=dtype)
+            for a, b in zip(torch.compile(multiply, dynamic=False)(x), multiply(x), strict=True):
+                torch.testing.assert_close(a, b, **({} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}))
 
 
 @pytest.mark.slow
