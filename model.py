@@ -2691,7 +2691,7 @@ def is_compiled_row(x) -> bool:
     return is_compiled_on_cpu(x) and x.numel() == x.shape[-1]
 
 def multiply_row(x, weight, bias=None):  # (..., in) of one row, (out, in) -> (..., out)
-    """Compute a row's product as a loop that torch.compile writes: it reads twice as fast as F.linear.
+    """Compute a row's product as a loop that torch.compile writes: it reads up to twice as fast as F.linear.
 
     Four parts of one height become one loop, half again as fast as a loop over the whole: more of the matrix
     is on its way from memory, and no sum waits for itself. The row is read once for each row of the matrix.
