@@ -254,11 +254,11 @@ def attend(q, k, v, mask=None, scale=None, cap=None):
         return attend_pieces(q, k, v, mask, scale, cap)
     if cap is not None:
         return attend_capped(q, k, v, mask, scale or q.shape[-1] ** -0.5, cap)
-    few = q.shape[2] == 1 or k.shape[2] <= CPU_SHORT
     added = isinstance(mask, torch.Tensor) and mask.dim() == 4
     if q.shape[2] == 1 and is_compiled_on_cpu(q) and isinstance(mask, torch.Tensor) and not added:
         return attend_compiled(q, k, v, mask, scale or q.shape[-1] ** -0.5)
-    if few and q.device.type == "cpu" and q.dtype == torch.bfloat16 and not added:
+    trained = torch.is_grad_enabled() and k.shape[2] <= CPU_SHORT
+    if trained and q.device.type == "cpu" and q.dtype == torch.bfloat16 and not added:
         return attend_on_cpu(q, k, v, mask, scale or q.shape[-1] ** -0.5)
     gqa = q.shape[1] != k.shape[1]
     if gqa and isinstance(mask, torch.Tensor) and q.is_cuda:  # its fast kernel with a mask knows no groups
@@ -2662,7 +2662,7 @@ class RMSNormCPU(torch.autograd.Function):
         grad_weight = (grad * (x * r.to(x.dtype))).sum(tuple(range(x.dim() - 1)), dtype=torch.float32)
         return grad_x, grad_weight.to(weight.dtype), None
 
-CPU_SHORT = 512  # keys up to which plain products are as fast in bf16, or faster; for one query always
+CPU_SHORT = 512  # keys up to which plain products are faster in training: their gradients are
 
 def attend_on_cpu(q, k, v, mask, scale: float):
     """Compute attention as on paper, in bfloat16 products: the scores (B, H, T, S) do stand in memory.
