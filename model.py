@@ -1332,8 +1332,9 @@ def config_from_hf(hf: dict) -> Config:
         check(key in read or value is None or value in values,
               f"config.json says {key} {value!r:.60}, which is not supported.")
     fields = {field: hf[key] for field, key in keys.items() if key and hf.get(key) is not None}
-    if fields.get("pad_id") == -1:  # early conversions of LLaMA say so that there is none
-        del fields["pad_id"]
+    for field in ("pad_id", "eos_id"):
+        if fields.get(field) == -1:  # early conversions of LLaMA say so that there is none
+            del fields[field]
     n_layer, heads = fields["n_layer"], fields["n_head"]
     for field in ("n_layer", "n_head", "n_embd"):
         check_field(field, fields[field])
@@ -1693,7 +1694,7 @@ def load_config(folder: str | Path, shards: bool = False, quantized: bool = Fals
         config = config_from_hf(hf)
     if (folder / "generation_config.json").is_file():
         eos_id = read_json(folder / "generation_config.json").get("eos_token_id")
-        config = config if eos_id is None else config.replace(eos_id=eos_id)
+        config = config if eos_id in (None, -1) else config.replace(eos_id=eos_id)
     return config
 
 def quantized_kind(hf: dict) -> str | None:

@@ -728,6 +728,7 @@ class Request:
     new: list[int] = field(default_factory=list)
     reports: list[dict] = field(default_factory=list)  # of each new token, where logprobs were asked for
     read: int = 0  # tokens whose keys and values are in the cache
+    offset: int = 0  # characters of the tokens that an answer has reported
     finish: str | None = None  # "stop", "length" or "cancelled"
 
     @property
@@ -1889,11 +1890,11 @@ class Handler(BaseHTTPRequestHandler):
         if chat:
             return {"content": [entry(r["id"], r["logprob"])
                                 | {"top_logprobs": [entry(*one) for one in r["top"]]} for r in reports]}
-        texts = [name(r["id"]).decode("utf-8", "replace") for r in request.reports]
-        offsets = list(itertools.accumulate(map(len, texts), initial=0))
+        texts = [name(r["id"]).decode("utf-8", "replace") for r in reports]
+        *offsets, request.offset = itertools.accumulate(map(len, texts), initial=request.offset)
         tops = [{name(i).decode("utf-8", "replace"): p for i, p in r["top"]} for r in reports]
-        return {"tokens": texts[first:end], "token_logprobs": [r["logprob"] for r in reports],
-                "top_logprobs": tops, "text_offset": offsets[first:end]}
+        return {"tokens": texts, "token_logprobs": [r["logprob"] for r in reports],
+                "top_logprobs": tops, "text_offset": offsets}
 
     def usage(self, requests: list[Request], told: list[int], n: int) -> dict:
         """Count the tokens of a request: a prompt once, however many answers it has; told: of the answers."""

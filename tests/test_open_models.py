@@ -295,7 +295,7 @@ def test_a_routers_bias_stays_in_float32(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [
-    {"pad_token_id": -1}, {"rope_theta": 3580165449.0, "rope_parameters": None}, {"hidden_act": "swish"}, {"architectures": None},
+    {"pad_token_id": -1}, {"eos_token_id": -1}, {"rope_theta": 3580165449.0, "rope_parameters": None}, {"hidden_act": "swish"}, {"architectures": None},
     {"rope_parameters": YARN | {"finetuned": True, "mscale_all_dim": 0}},
 ], ids=str)  # fmt: skip
 def test_what_published_files_say_in_odd_ways_is_read(changes, tmp_path):
