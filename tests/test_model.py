@@ -405,6 +405,28 @@ def attention_case(mask):
     return mask
 
 
+@pytest.mark.parametrize("queries", [1, 12])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("width", [16, 8])
+def test_attention_in_bf16_in_inference_mode(queries, heads, width, monkeypatch):
+    """Torch's kernel in inference mode, the one of training under no_grad; where v is narrower always that."""
+    H, K = heads
+    q, k, v = (randn(2, n, 12, 16, seed=n + i).bfloat16() for i, n in enumerate((H, K, K)))
+    v = v[..., :width]
+    mask = attention_case("bool")[:, -queries:]
+    called = []
+    plain = octavo.attend_on_cpu
+    monkeypatch.setattr(octavo, "attend_on_cpu", lambda *args: called.append(1) or plain(*args))
+    with torch.no_grad():
+        compared = octavo.attend(q[:, :, -queries:], k, v, mask)
+    trained = octavo.attend(q[:, :, -queries:].clone().requires_grad_(), k, v, mask)
+    assert len(called) == 2 and torch.equal(compared, trained)
+    with torch.inference_mode():
+        y = octavo.attend(q[:, :, -queries:], k, v, mask)
+    assert len(called) == (2 if width == 16 else 3)
+    assert relative(y, octavo.attend(q[:, :, -queries:].float(), k.float(), v.float(), mask)) < 2e-2
+
+
 @pytest.mark.parametrize("mask", [None, "causal", "bool"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("short", [True, False])

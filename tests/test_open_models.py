@@ -295,13 +295,21 @@ def test_a_routers_bias_stays_in_float32(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [
-    {"pad_token_id": -1}, {"eos_token_id": -1}, {"rope_theta": 3580165449.0, "rope_parameters": None}, {"hidden_act": "swish"}, {"architectures": None},
+    {"pad_token_id": -1}, {"rope_theta": 3580165449.0, "rope_parameters": None}, {"hidden_act": "swish"}, {"architectures": None},
     {"rope_parameters": YARN | {"finetuned": True, "mscale_all_dim": 0}},
 ], ids=str)  # fmt: skip
 def test_what_published_files_say_in_odd_ways_is_read(changes, tmp_path):
     folder = published(tmp_path)
     change_config(folder, **changes)
     load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_end_of_text_of_minus_one_is_none(name, tmp_path):
+    folder = published(tmp_path)
+    change_config(folder, eos_token_id=-1 if name == "config.json" else 7)
+    (folder / "generation_config.json").write_text(json.dumps({} if name == "config.json" else {"eos_token_id": -1}))
+    assert load_model(folder).config.eos_ids == set()
 
 
 def test_the_token_that_begins_a_text_is_kept(tmp_path):
