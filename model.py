@@ -257,7 +257,7 @@ def attend(q, k, v, mask=None, scale=None, cap=None):
     added = isinstance(mask, torch.Tensor) and mask.dim() == 4
     if q.shape[2] == 1 and is_compiled_on_cpu(q) and isinstance(mask, torch.Tensor) and not added:
         return attend_compiled(q, k, v, mask, scale or q.shape[-1] ** -0.5)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not added and is_plain_faster(q, k, v):
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not added and takes_plain_products(q, k, v):
         return attend_on_cpu(q, k, v, mask, scale or q.shape[-1] ** -0.5)
     gqa = q.shape[1] != k.shape[1]
     if gqa and isinstance(mask, torch.Tensor) and q.is_cuda:  # its fast kernel with a mask knows no groups
@@ -1332,7 +1332,7 @@ def config_from_hf(hf: dict) -> Config:
               f"config.json says {key} {value!r:.60}, which is not supported.")
     fields = {field: hf[key] for field, key in keys.items() if key and hf.get(key) is not None}
     for field in ("pad_id", "eos_id"):
-        if fields.get(field) == -1:  # early conversions of LLaMA say so that there is no padding
+        if fields.get(field) == -1:  # there is none, as early conversions of LLaMA say of padding
             del fields[field]
     n_layer, heads = fields["n_layer"], fields["n_head"]
     for field in ("n_layer", "n_head", "n_embd"):
@@ -2664,11 +2664,11 @@ class RMSNormCPU(torch.autograd.Function):
 
 CPU_SHORT = 512  # keys up to which plain products are as fast with their gradients, or faster
 
-def is_plain_faster(q, k, v) -> bool:
-    """Tell whether plain products in bfloat16 are to be taken: for one query, or for few keys.
+def takes_plain_products(q, k, v) -> bool:
+    """Tell whether attention in bfloat16 is computed as on paper: for one query, or for few keys.
 
-    In inference mode torch's kernel is two to five times as fast, where v is as wide as k. Without a gradient
-    alone it is not taken: a reference is compared with a policy that has one, to the last bit.
+    Not in inference mode, where torch's kernel is two to five times as fast, unless v is narrower than k.
+    Without a gradient alone it is: a reference is compared with a policy that has one, to the last bit.
     """
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and q.shape[-1] == v.shape[-1]:
         return False
